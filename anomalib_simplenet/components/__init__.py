@@ -1,0 +1,22 @@
+"""The parts SimpleNet is made of, one file each."""
+
+from .adapter import Adapter
+from .anomaly_generator import AnomalyGenerator
+from .anomaly_map import AnomalyMapGenerator
+from .discriminator import Discriminator
+from .feature_extractor import FeatureExtractor, PretrainedWeightsError
+from .fused_head import FusedHead
+from .patch_aggregation import PatchAggregation
+from .whitening import Whitening
+
+__all__ = [
+    "Adapter",
+    "AnomalyGenerator",
+    "AnomalyMapGenerator",
+    "Discriminator",
+    "FeatureExtractor",
+    "FusedHead",
+    "PatchAggregation",
+    "PretrainedWeightsError",
+    "Whitening",
+]

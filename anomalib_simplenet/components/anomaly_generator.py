@@ -1,0 +1,46 @@
+"""Anomalous feature generator."""
+
+import torch
+from torch import nn
+
+
+class AnomalyGenerator(nn.Module):
+    """Make anomalies by adding Gaussian noise to embeddings (paper, section 3.3); the identity in eval mode.
+
+    Args:
+        noise_std (float): Standard deviation of the noise, in units of the adapted features. Defaults to ``0.015``,
+            the paper's value, which belongs to the first ImageNet weights of torchvision's WideResNet-50-2.
+        mix_noise (int): With K > 1 each patch draws k from 0..K-1 and gets noise of ``noise_std * 1.1**k``.
+            Defaults to ``1``.
+
+    Raises:
+        ValueError: If ``noise_std`` is not positive or ``mix_noise`` is below 1.
+    """
+
+    def __init__(self, noise_std: float = 0.015, mix_noise: int = 1) -> None:
+        super().__init__()
+        if not noise_std > 0:
+            msg = f"noise_std is {noise_std}, expected a number above 0 (the paper's is 0.015)."
+            raise ValueError(msg)
+        if mix_noise < 1:
+            msg = f"mix_noise is {mix_noise}, expected 1 (one scale of noise) or more."
+            raise ValueError(msg)
+        self.noise_std = noise_std
+        self.mix_noise = mix_noise
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Add noise to each patch.
+
+        Args:
+            embedding (torch.Tensor): Adapted patch embeddings of shape ``(patches, dimension)``.
+
+        Returns:
+            torch.Tensor: Of the same shape; ``embedding`` itself in eval mode.
+        """
+        if not self.training:
+            return embedding
+        noise = torch.randn_like(embedding)
+        if self.mix_noise == 1:
+            return embedding + self.noise_std * noise
+        scale = torch.randint(self.mix_noise, (len(embedding), 1), device=embedding.device)
+        return embedding + self.noise_std * 1.1 ** scale.to(noise.dtype) * noise

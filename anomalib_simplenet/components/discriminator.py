@@ -1,0 +1,62 @@
+"""Patch discriminator."""
+
+import torch
+from torch import nn
+
+
+class Discriminator(nn.Module):
+    """Score patches: high for normal, low for anomalous ones (paper, section 3.4).
+
+    ``[Linear, BatchNorm, LeakyReLU(0.2)] x (layers - 1)`` and a linear layer to one score, without bias.
+    Linear weights start Xavier-normal.
+
+    Args:
+        dimension (int): Size of a patch embedding.
+        layers (int): Number of linear layers. Defaults to ``2``.
+        hidden (int | None): Size of every hidden layer; ``None`` shrinks by 1.5 a layer. Defaults to ``1024``.
+
+    Attributes:
+        body (nn.Sequential): The hidden blocks.
+        tail (nn.Linear): The last layer.
+
+    Raises:
+        ValueError: If ``layers`` is below 1, ``hidden`` below 1, or a shrinking layer would be empty.
+    """
+
+    NEGATIVE_SLOPE = 0.2
+
+    def __init__(self, dimension: int, layers: int = 2, hidden: int | None = 1024) -> None:
+        super().__init__()
+        if layers < 1:
+            msg = f"discriminator_layers is {layers}, expected 1 or more."
+            raise ValueError(msg)
+        if hidden is not None and hidden < 1:
+            msg = f"discriminator_hidden is {hidden}, expected 1 or more, or None to shrink by 1.5 a layer."
+            raise ValueError(msg)
+        self.body = nn.Sequential()
+        for _ in range(layers - 1):
+            width = hidden or int(dimension // 1.5)
+            if width < 1:
+                msg = (
+                    f"discriminator_layers is {layers}, too many to shrink the embedding by 1.5 a layer: "
+                    "a layer would be empty. Take fewer, or give discriminator_hidden."
+                )
+                raise ValueError(msg)
+            block = (nn.Linear(dimension, width), nn.BatchNorm1d(width), nn.LeakyReLU(self.NEGATIVE_SLOPE))
+            self.body.append(nn.Sequential(*block))
+            dimension = width
+        self.tail = nn.Linear(dimension, 1, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_normal_(module.weight)
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Score patches.
+
+        Args:
+            embedding (torch.Tensor): Adapted patch embeddings of shape ``(patches, dimension)``.
+
+        Returns:
+            torch.Tensor: Scores of shape ``(patches,)``, unbounded.
+        """
+        return self.tail(self.body(embedding)).squeeze(1)

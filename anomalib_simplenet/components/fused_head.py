@@ -1,0 +1,89 @@
+"""The trained head as a few affine maps, for inference."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from .discriminator import Discriminator
+from .patch_aggregation import resize
+
+
+class FusedHead(nn.Module):
+    """Whitening, adapter and discriminator in eval mode, folded together; a frozen copy without parameters or state.
+
+    Between two activations, linear layers and batch norm are one affine map ``W x + b``. The first of them is split by
+    layer and applied to each layer's part of the embedding on that layer's own, coarser grid: it commutes with
+    the bilinear resize, so ``W [x1; up(x2)] + b = W1 x1 + up(W2 x2) + b``.
+
+    Args:
+        linear (Sequence[nn.Linear]): What stands before the discriminator: whitening and adapter.
+        discriminator (Discriminator): Trained discriminator.
+        segments (Sequence[slice]): The part of the embedding that each layer contributes to.
+    """
+
+    def __init__(self, linear: Sequence[nn.Linear], discriminator: Discriminator, segments: Sequence[slice]) -> None:
+        super().__init__()
+        self.parts = len(segments)
+        like = discriminator.tail.weight
+        affine = _fold([*linear, *(layer for block in discriminator.body for layer in block), discriminator.tail])
+        self.depth = len(affine)
+        for index, (weight, bias) in enumerate(affine):
+            columns = segments if index == 0 else [slice(None)]
+            for part, segment in enumerate(columns):
+                self.register_buffer(f"weight_{index}_{part}", _like(weight[:, segment, None, None], like), False)
+            self.register_buffer(f"bias_{index}", _like(bias, like), False)
+
+    def forward(self, pooled: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Score patches.
+
+        Args:
+            pooled (Sequence[torch.Tensor]): Each layer's contribution to the embedding, on its own grid, as
+                :meth:`PatchAggregation.pool` gives it.
+
+        Returns:
+            torch.Tensor: Scores of shape ``(N, 1, h, w)`` on the grid of the first layer; high for normal patches.
+        """
+        grid = pooled[0].shape[-2:]
+        parts = [resize(F.conv2d(part, getattr(self, f"weight_0_{index}")), grid) for index, part in enumerate(pooled)]
+        # Not parts[0] + parts[1]: OpenVINO fuses that into the convolution, which then fails in float32 where the
+        # processor knows bfloat16.
+        scores = torch.stack(parts).sum(dim=0) + self.bias_0[:, None, None]
+        for index in range(1, self.depth):
+            scores = F.leaky_relu(scores, Discriminator.NEGATIVE_SLOPE)
+            scores = F.conv2d(scores, getattr(self, f"weight_{index}_0"), getattr(self, f"bias_{index}"))
+        return scores
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _fold(layers: Sequence[nn.Module]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Fold consecutive linear layers and batch norms; an activation ends one affine map and starts the next."""
+    affine = []
+    weight: torch.Tensor | None = None
+    bias = torch.zeros(1, dtype=torch.float64)
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            own = _double(layer.weight)
+            if weight is None:
+                bias = torch.zeros(layer.in_features, dtype=torch.float64)
+            weight = own if weight is None else own @ weight
+            bias = own @ bias + (0 if layer.bias is None else _double(layer.bias))
+        elif isinstance(layer, nn.BatchNorm1d):
+            scale = _double(layer.weight) / (_double(layer.running_var) + layer.eps).sqrt()
+            weight = scale[:, None] * weight
+            bias = scale * (bias - _double(layer.running_mean)) + _double(layer.bias)
+        else:
+            affine.append((weight, bias))
+            weight = None
+    return [*affine, (weight, bias)]
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().double()  # not every accelerator has double precision
+
+
+@torch.inference_mode(False)
+def _like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return tensor.to(like.device, like.dtype).contiguous()

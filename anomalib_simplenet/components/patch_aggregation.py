@@ -1,0 +1,153 @@
+"""Patch aggregation as one fixed convolution a layer."""
+
+from collections.abc import Sequence
+from math import gcd
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+
+class PatchAggregation(nn.Module):
+    """Pool the neighbourhood of each position of several feature maps into one patch embedding (paper, section 3.1).
+
+    The authors unfold each map into ``patch_size x patch_size`` patches, average-pool each flattened patch (channel,
+    row, column) to ``pretrain_embed_dimension``, resize the grids of all layers to that of the first, concatenate, and
+    average-pool to ``target_embed_dimension``. Both poolings are linear and commute with the resize. So each layer
+    needs one fixed convolution on its own grid, whose few non-zero weights fall into groups, and then the resize.
+
+    Args:
+        channels (Sequence[int]): Channels of each layer's map.
+        patch_size (int): Side of the neighbourhood, odd. Defaults to ``3``.
+        pretrain_embed_dimension (int): What each layer is pooled to. Defaults to ``1536``.
+        target_embed_dimension (int): Size of the embedding. Defaults to ``1536``.
+
+    Attributes:
+        segments (list[slice]): The part of the embedding that each layer contributes to. Where a pooling window reaches
+            over the border between two layers, their segments overlap and their contributions add up.
+
+    Raises:
+        ValueError: If ``patch_size`` is even or below 1, or a dimension is below 1.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        patch_size: int = 3,
+        pretrain_embed_dimension: int = 1536,
+        target_embed_dimension: int = 1536,
+    ) -> None:
+        super().__init__()
+        if patch_size < 1 or patch_size % 2 == 0:
+            msg = f"patch_size is {patch_size}, expected an odd number: 1, 3 (the paper's), 5, ..."
+            raise ValueError(msg)
+        for name, value in (
+            ("pretrain_embed_dimension", pretrain_embed_dimension),
+            ("target_embed_dimension", target_embed_dimension),
+        ):
+            if value < 1:
+                msg = f"{name} is {value}, expected 1 or more (the paper's is 1536)."
+                raise ValueError(msg)
+        self.dimension = target_embed_dimension
+        self.padding = patch_size // 2
+        self.segments: list[slice] = []
+        self.groups: list[int] = []
+
+        concatenated = pretrain_embed_dimension * len(channels)
+        target_windows = _pooling_windows(concatenated, target_embed_dimension)
+        for index, layer_channels in enumerate(channels):
+            flat = layer_channels * patch_size**2
+            offset = index * pretrain_embed_dimension
+            pooled = _pooling_matrix(_pooling_windows(flat, pretrain_embed_dimension), flat)
+            segment, weight = _pool_rows(pooled, target_windows, offset)
+            weight = weight.reshape(-1, layer_channels, patch_size, patch_size)
+            groups, weight = _group(weight)
+            self.segments.append(segment)
+            self.groups.append(groups)
+            # Fixed by the arguments, so no part of a checkpoint.
+            self.register_buffer(f"weight_{index}", weight.float(), persistent=False)
+
+    def pool(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Each layer's contribution to the embedding, on the layer's own grid.
+
+        Args:
+            features (Sequence[torch.Tensor]): Map of each layer, of shape ``(N, C, h, w)``, each with its own sizes.
+
+        Returns:
+            list[torch.Tensor]: For each layer ``(N, size of its segment, h, w)``.
+        """
+        return [
+            F.conv2d(feature, getattr(self, f"weight_{index}"), padding=self.padding, groups=groups)
+            for index, (feature, groups) in enumerate(zip(features, self.groups, strict=True))
+        ]
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Embed patches.
+
+        Args:
+            features (Sequence[torch.Tensor]): Map of each layer, of shape ``(N, C, h, w)``, each with its own sizes.
+
+        Returns:
+            torch.Tensor: Embeddings of shape ``(N, target_embed_dimension, h, w)`` on the grid of the first layer.
+        """
+        grid = features[0].shape[-2:]
+        pooled = [resize(contribution, grid) for contribution in self.pool(features)]
+        stops = [segment.stop for segment in self.segments]
+        if all(segment.start == stop for segment, stop in zip(self.segments, [0, *stops], strict=False)):
+            return torch.cat(pooled, dim=1)
+        # A window reaches over the border between two layers: F.pad puts each contribution in its place.
+        places = [(0, 0, 0, 0, segment.start, self.dimension - segment.stop) for segment in self.segments]
+        return torch.stack([F.pad(part, place) for part, place in zip(pooled, places, strict=True)]).sum(dim=0)
+
+
+def resize(feature: torch.Tensor, grid: torch.Size) -> torch.Tensor:
+    """Resize a map ``(N, C, h, w)`` bilinearly to ``grid``, where it differs."""
+    if feature.shape[-2:] == grid:
+        return feature
+    return F.interpolate(feature, size=grid, mode="bilinear", align_corners=False)
+
+
+def _pooling_windows(size: int, out: int) -> list[tuple[int, int]]:
+    """Start and stop of each window that ``adaptive_avg_pool1d`` averages."""
+    return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
+
+
+def _pooling_matrix(windows: list[tuple[int, int]], size: int) -> torch.Tensor:
+    """Adaptive average pooling as a matrix of shape ``(windows, size)``."""
+    matrix = torch.zeros(len(windows), size, dtype=torch.float64)
+    for row, (start, stop) in enumerate(windows):
+        matrix[row, start:stop] = 1 / (stop - start)
+    return matrix
+
+
+def _pool_rows(matrix: torch.Tensor, windows: list[tuple[int, int]], offset: int) -> tuple[slice, torch.Tensor]:
+    """Average rows of ``matrix``, which are rows ``offset`` to ``offset + len(matrix)`` of a taller one otherwise zero.
+
+    Returns:
+        tuple[slice, torch.Tensor]: The windows that reach these rows, and their averages.
+    """
+    cumulative = torch.cat([torch.zeros_like(matrix[:1]), matrix.cumsum(dim=0)])
+    reached = [i for i, (start, stop) in enumerate(windows) if start < offset + len(matrix) and stop > offset]
+    segment = slice(reached[0], reached[-1] + 1)
+    bounds = torch.tensor(windows[segment])
+    start, stop = (bounds - offset).clamp(0, len(matrix)).T
+    return segment, (cumulative[stop] - cumulative[start]) / (bounds[:, 1:] - bounds[:, :1])
+
+
+def _group(weight: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """Find the most groups in which a convolution's weight ``(out, in, k, k)`` is block-diagonal.
+
+    Returns:
+        tuple[int, torch.Tensor]: The number of groups, and the weight for ``conv2d(groups=...)``.
+    """
+    out_channels, in_channels = weight.shape[:2]
+    most = gcd(out_channels, in_channels)
+    out_index, in_index = weight.abs().sum(dim=(2, 3)).nonzero().T
+    for groups in range(most, 1, -1):
+        if most % groups == 0 and torch.equal(
+            out_index // (out_channels // groups), in_index // (in_channels // groups)
+        ):
+            blocks = weight.reshape(groups, out_channels // groups, groups, in_channels // groups, *weight.shape[2:])
+            diagonal = torch.arange(groups)
+            return groups, blocks[diagonal, :, diagonal].flatten(0, 1)
+    return 1, weight

@@ -1,0 +1,428 @@
+"""SimpleNet as a model of anomalib."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from inspect import signature
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from anomalib import LearningType, TaskType
+from anomalib.data import AnomalibDataModule, Batch
+from anomalib.deploy import CompressionType
+from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import ImageVisualizer, Visualizer
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.optim import Adam, Optimizer
+from torchmetrics import Metric
+from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
+from tqdm.auto import tqdm
+
+from .loss import TruncatedL1Loss
+from .registry import register
+from .torch_model import SimpleNetModel
+
+logger = logging.getLogger(__name__)
+
+PAPER_EPOCHS = 160  # 40 meta-epochs of 4 passes
+_NEVER = sys.maxsize
+_NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise"}
+
+
+@register
+class SimpleNet(AnomalibModule):
+    """SimpleNet: A Simple Network for Image Anomaly Detection and Localization.
+
+    CVPR 2023, https://arxiv.org/abs/2303.15140. A discriminator learns to tell adapted features of normal images from
+    the same features with Gaussian noise. Trains for the paper's 160 passes unless the trainer is given ``max_epochs``,
+    ``max_steps`` or ``max_time``. Validates once, after the last of them, when anomalib chooses thresholds; each epoch
+    where a callback monitors something, or as ``check_val_every_n_epoch`` or ``val_check_interval`` say.
+
+    Args:
+        backbone (str | nn.Module): Name of a CNN or a ``vit_*`` of timm, or ``local-dir:FOLDER`` for a folder with
+            timm's ``config.json`` and weights. In Python also a module. Defaults to ``"wide_resnet50_2.tv_in1k"``; the
+            default noise belongs to its weights.
+        layers (Sequence[str]): Layers of the backbone that make the embedding; the first gives the grid. Defaults to
+            ``("layer2", "layer3")``.
+        pre_trained (bool): Whether to load the backbone's ImageNet weights. Defaults to ``True``.
+        patch_size (int): Side of the neighbourhood pooled into a patch, odd. Defaults to ``3``.
+        pretrain_embed_dimension (int): What each layer's patches are pooled to. Defaults to ``1536``.
+        target_embed_dimension (int | None): Size of a patch embedding; ``None`` for the sum of the layers' channels.
+            Defaults to ``1536``.
+        adapter_layers (int): Linear layers of the adapter; ``0`` for none. Defaults to ``1``.
+        discriminator_layers (int): Linear layers of the discriminator. Defaults to ``2``.
+        discriminator_hidden (int | None): Size of its hidden layers; ``None`` shrinks by 1.5 a layer.
+            Defaults to ``1024``.
+        noise_std (float): Standard deviation of the noise that makes anomalies. Must suit the scale of the backbone's
+            features. Defaults to ``0.015``.
+        mix_noise (int): Number of noise scales, ``noise_std * 1.1**k``. Defaults to ``1``.
+        whiten (bool): Whether to whiten embeddings with the covariance of the training set's, taken in one more pass
+            over it before training. Makes ``noise_std`` a share of their deviation, whatever the backbone. Not in the
+            paper. Defaults to ``False``.
+        margin (float): Discriminator scores beyond it cost nothing. Defaults to ``0.5``.
+        adapter_lr (float): Learning rate of the adapter. Defaults to ``1e-4``.
+        discriminator_lr (float): Learning rate of the discriminator. Defaults to ``2e-4``.
+        discriminator_weight_decay (float): Weight decay of the discriminator. Defaults to ``1e-5``.
+        pre_processor (nn.Module | bool): Applied to images first. Defaults to ``True``: resize to 288 x 288, normalise.
+        post_processor (nn.Module | bool): Applied to predictions last. Defaults to ``True``: normalise scores,
+            threshold image scores and anomaly maps, each with its own threshold.
+        evaluator (Evaluator | bool): Metrics. Defaults to ``True``: AUROC and F1 of images and, where there are masks,
+            AUROC, F1 and AUPRO of pixels.
+        visualizer (Visualizer | bool): Pictures of results. Defaults to ``True``: five panels an image.
+
+    Raises:
+        ValueError: If an argument is out of its range, or images would be smaller than the backbone can take.
+
+    Example:
+        >>> from anomalib.data import Folder
+        >>> from anomalib.engine import Engine
+        >>> engine = Engine(max_epochs=20)
+        >>> engine.train(SimpleNet(), datamodule=Folder("cells", root="cells", normal_dir="good"))  # doctest: +SKIP
+    """
+
+    model: SimpleNetModel
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "wide_resnet50_2.tv_in1k",
+        layers: Sequence[str] = ("layer2", "layer3"),
+        pre_trained: bool = True,
+        patch_size: int = 3,
+        pretrain_embed_dimension: int = 1536,
+        target_embed_dimension: int | None = 1536,
+        adapter_layers: int = 1,
+        discriminator_layers: int = 2,
+        discriminator_hidden: int | None = 1024,
+        noise_std: float = 0.015,
+        mix_noise: int = 1,
+        whiten: bool = False,
+        margin: float = 0.5,
+        adapter_lr: float = 1e-4,
+        discriminator_lr: float = 2e-4,
+        discriminator_weight_decay: float = 1e-5,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        for name, value in (("adapter_lr", adapter_lr), ("discriminator_lr", discriminator_lr)):
+            if not value > 0:
+                msg = f"{name} is {value}, expected a number above 0."
+                raise ValueError(msg)
+        if not discriminator_weight_decay >= 0:
+            msg = f"discriminator_weight_decay is {discriminator_weight_decay}, expected 0 or more."
+            raise ValueError(msg)
+        self.adapter_lr = adapter_lr
+        self.discriminator_lr = discriminator_lr
+        self.discriminator_weight_decay = discriminator_weight_decay
+        self.loss = TruncatedL1Loss(margin)
+        self.model = SimpleNetModel(
+            backbone=backbone,
+            layers=layers,
+            pre_trained=pre_trained,
+            patch_size=patch_size,
+            pretrain_embed_dimension=pretrain_embed_dimension,
+            target_embed_dimension=target_embed_dimension,
+            adapter_layers=adapter_layers,
+            discriminator_layers=discriminator_layers,
+            discriminator_hidden=discriminator_hidden,
+            noise_std=noise_std,
+            mix_noise=mix_noise,
+            whiten=whiten,
+        )
+        self._match_export_to_training()
+        self._check_image_size()
+
+    def training_step(self, batch: Batch, *_args, **_kwargs) -> torch.Tensor:
+        """Loss of one batch; logs it with the shares of real and fake scores beyond the margin (authors' p_true/fake).
+
+        Args:
+            batch (Batch): Normal images.
+
+        Returns:
+            torch.Tensor: Truncated L1 loss, scalar.
+        """
+        real, fake = self.model(batch.image)
+        loss = self.loss(real, fake)
+        figures = {
+            "train_loss": loss,
+            "p_true": (real >= self.loss.margin).float().mean(),
+            "p_fake": (fake < -self.loss.margin).float().mean(),
+        }
+        self.log_dict(figures, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        return loss
+
+    def validation_step(self, batch: Batch, *_args, **_kwargs) -> Batch:
+        """Predict one batch, for anomalib's thresholds and metrics."""
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW for the adapter and Adam for the discriminator, as one optimizer."""
+        discriminator = {
+            "params": self.model.discriminator.parameters(),
+            "lr": self.discriminator_lr,
+            "weight_decay": self.discriminator_weight_decay,
+        }
+        adapter = {
+            "params": self.model.adapter.parameters(),
+            "lr": self.adapter_lr,
+            "weight_decay": 0.01,  # AdamW's default, which the authors leave alone
+            "decoupled_weight_decay": True,
+        }
+        return Adam([adapter, discriminator] if len(self.model.adapter) else [discriminator])
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer; attaching one that has no limit to training gives it the paper's."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        AnomalibModule.trainer.fset(self, trainer)
+        # The only moment to tell the user's 1000 epochs from the 1000 that Lightning puts in place of nothing.
+        if (
+            trainer is not None
+            and trainer.state.fn == TrainerFn.FITTING
+            and trainer.max_epochs is None
+            and trainer.max_steps == -1
+            and not any(isinstance(callback, Timer) for callback in trainer.callbacks)
+        ):
+            trainer.fit_loop.max_epochs = PAPER_EPOCHS
+
+    def on_fit_start(self) -> None:
+        """Decide when to validate: by default after the last batch of training only."""
+        self.train()
+        trainer = self.trainer
+        self._validate_last = (
+            trainer.check_val_every_n_epoch == 1
+            and trainer.val_check_interval == 1.0
+            and not any(getattr(callback, "monitor", None) for callback in trainer.callbacks)
+        )
+
+    def on_train_start(self) -> None:
+        """Fit the whitening, in a pass over the training images."""
+        whitening = self.model.whitening
+        if whitening is None or whitening.fitted:
+            return
+        moments = whitening.moments(self._training_patches())
+        if self.trainer.world_size > 1:
+            moments = self.trainer.strategy.reduce(moments.to(self.device), reduce_op="sum").cpu()
+        whitening.fit(moments)
+
+    def _training_patches(self) -> Iterator[torch.Tensor]:
+        trainer = self.trainer
+        batches = islice(trainer.train_dataloader, trainer.num_training_batches)
+        for index, batch in enumerate(
+            tqdm(batches, "Whitening", trainer.num_training_batches, disable=not trainer.is_global_zero)
+        ):
+            on_device = trainer.strategy.batch_to_device(batch)
+            if isinstance(self.pre_processor, PreProcessor):
+                self.pre_processor.on_train_batch_start(trainer, self, on_device, index)
+            yield self.model.patches(on_device.image)
+
+    def on_train_epoch_start(self) -> None:
+        """Hold validation back."""
+        if self._validate_last:
+            self.trainer.check_val_every_n_epoch = _NEVER
+
+    def on_train_batch_end(self, *_args, **_kwargs) -> None:
+        """Let Lightning validate if this was the last batch of training, whichever limit ended it."""
+        trainer = self.trainer
+        if self._validate_last:
+            if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+                trainer.should_stop = True  # in mid-epoch Lightning validates only on this
+            is_last_epoch = trainer.max_epochs != -1 and trainer.current_epoch + 1 >= trainer.max_epochs
+            if trainer.should_stop or (trainer.is_last_batch and is_last_epoch):
+                trainer.check_val_every_n_epoch = 1
+
+    def on_train_epoch_end(self) -> None:
+        """Give the setting back, which checkpoint callbacks, called next, read to save after each epoch."""
+        if self._validate_last:
+            self.trainer.check_val_every_n_epoch = 1
+
+    def on_validation_epoch_start(self) -> None:
+        """Score with the weights of now: callbacks that average weights swap them after eval mode was entered."""
+        self.model.fuse()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the checkpoint load without network and on other machines: it holds the backbone's weights."""
+        super().on_save_checkpoint(checkpoint)
+        backbone = self.hparams["backbone"]
+        if not isinstance(backbone, str) or backbone.startswith("local-dir:"):
+            backbone = self.model.feature_extractor.architecture
+        checkpoint["hyper_parameters"] |= {"backbone": backbone, "pre_trained": False}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the checkpoint's architecture where the model was built with another one."""
+        super().on_load_checkpoint(checkpoint)
+        self._match_export_to_training()
+        saved = checkpoint.get("hyper_parameters", {})
+        if "model.discriminator.tail.weight" not in checkpoint["state_dict"] or "adapter_layers" not in saved:
+            msg = (
+                "This is no checkpoint of SimpleNet: it has no discriminator or no hyper-parameters. "
+                "Pass the model it was trained with, --model NAME."
+            )
+            raise ValueError(msg)
+        own = {**self.hparams, "backbone": self.model.feature_extractor.architecture}
+        architecture = [name for name in signature(SimpleNetModel).parameters if name not in _NOT_IN_WEIGHTS]
+        differing = {name: saved[name] for name in architecture if _plain(saved, name) != _plain(own, name)}
+        if saved["backbone"] is None:  # a module, which the checkpoint does not hold
+            differing.pop("backbone", None)
+        if differing:
+            logger.warning("Taking %s from the checkpoint.", ", ".join(f"{k}={v!r}" for k, v in differing.items()))
+            self.hparams.update(differing)
+            arguments = {name: self.hparams[name] for name in signature(SimpleNetModel).parameters}
+            self.model = SimpleNetModel(**{**arguments, "pre_trained": False})
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
+        """Export to ONNX as anomalib does, with opset 18, below which torch's exporter fails to convert its graph."""
+        return super().to_onnx(*args, **{"opset_version": 18, **kwargs})
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: TaskType | None = None,
+        max_drop: float = 0.01,
+        ov_kwargs: dict[str, Any] | None = None,
+        onnx_kwargs: dict[str, Any] | None = None,
+    ) -> Path:
+        """Export to OpenVINO as anomalib does, but with the resize of training, and computing in float32.
+
+        The arguments are those of :meth:`anomalib.models.AnomalibModule.to_openvino`.
+
+        Returns:
+            Path: The ``.xml`` file, in ``weights/openvino`` under ``export_root``.
+        """
+        import openvino as ov
+
+        from .export import keep_float32, prepend_resize, split_resize
+
+        transform = getattr(self.pre_processor, "export_transform", None)
+        resized, rest = split_resize(transform)
+        with TemporaryDirectory() as folder:
+            if resized:
+                self.pre_processor.export_transform = rest
+            try:
+                onnx = self.to_onnx(folder, model_file_name, resized or input_size, **(onnx_kwargs or {}))
+            finally:
+                if resized:
+                    self.pre_processor.export_transform = transform
+            model = ov.convert_model(onnx, **(ov_kwargs or {}))
+        if resized:
+            model = prepend_resize(model, input_size)
+        if compression_type in {None, CompressionType.FP16}:
+            keep_float32(model)
+        else:
+            model = self._compress_ov_model(model, compression_type, datamodule, metric, task, max_drop)
+        path = Path(export_root) / "weights" / "openvino" / f"{model_file_name}.xml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ov.save_model(model, path, compress_to_fp16=compression_type == CompressionType.FP16)
+        return path
+
+    def _match_export_to_training(self) -> None:
+        """Exported models shall see what the model was trained on; anomalib drops the resize's antialiasing."""
+        from .export import exportable_transform
+
+        if isinstance(self.pre_processor, PreProcessor):
+            self.pre_processor.export_transform = exportable_transform(self.pre_processor.transform)
+
+    def _check_image_size(self) -> None:
+        size = self.input_size if isinstance(self.pre_processor, PreProcessor) else None
+        extractor = self.model.feature_extractor
+        if size is None:
+            return
+        if min(size) < extractor.stride:
+            problem = f"smaller than the {extractor.stride} pixels that the backbone's coarsest layer sums up"
+        elif any(side % extractor.patch_size for side in size):
+            problem = f"no multiple of the backbone's patches of {extractor.patch_size} pixels"
+        else:
+            return
+        msg = f"pre_processor makes images of {size}, {problem}. Give one with another size of Resize or CenterCrop."
+        raise ValueError(msg)
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Settings that anomalib forces on the trainer, over the user's: no validation of the untrained model."""
+        return {"num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Learns from normal images alone."""
+        return LearningType.ONE_CLASS
+
+    @classmethod
+    def configure_pre_processor(
+        cls,
+        image_size: tuple[int, int] | None = None,
+        center_crop_size: tuple[int, int] | None = None,
+    ) -> PreProcessor:
+        """Make the default pre-processor: resize, crop if asked to, normalise with ImageNet's statistics.
+
+        Args:
+            image_size (tuple[int, int] | None): ``(height, width)`` to resize to. Defaults to ``(288, 288)``.
+            center_crop_size (tuple[int, int] | None): ``(height, width)`` to crop to after that. The paper resizes to
+                329 and crops to 288. Defaults to ``None``.
+
+        Returns:
+            PreProcessor: anomalib's pre-processor.
+
+        Raises:
+            ValueError: If the crop is larger than the image.
+        """
+        height, width = image_size or (288, 288)
+        transforms = [Resize((height, width), antialias=True)]
+        if center_crop_size is not None:
+            if center_crop_size[0] > height or center_crop_size[1] > width:
+                msg = f"center_crop_size {center_crop_size} is larger than image_size {(height, width)}."
+                raise ValueError(msg)
+            transforms.append(CenterCrop(center_crop_size))
+        transforms.append(Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]))
+        return PreProcessor(transform=Compose(transforms))
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Make the default post-processor: separate thresholds of image scores and anomaly maps."""
+        return PostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Make the default evaluator; pixel metrics are left out where there are no masks."""
+        return Evaluator(
+            test_metrics=[
+                AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+                F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
+                AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+                F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
+                AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+            ],
+        )
+
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Make the default visualizer: image, ground truth, predicted mask, heat map and outline over the image."""
+        return ImageVisualizer(
+            fields=["image", "gt_mask", "pred_mask"],
+            overlay_fields=[("image", ["anomaly_map"]), ("image", ["pred_mask"])],
+        )
+
+
+def _plain(arguments: dict[str, Any], name: str) -> Any:  # noqa: ANN401
+    """An argument in a form that compares: sequences as lists, a backbone without the name of its weights."""
+    value = arguments.get(name)
+    if name == "backbone" and isinstance(value, str):
+        return value.partition(".")[0]
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

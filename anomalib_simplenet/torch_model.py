@@ -1,0 +1,145 @@
+"""SimpleNet in plain PyTorch."""
+
+from collections.abc import Sequence
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+
+from .components import (
+    Adapter,
+    AnomalyGenerator,
+    AnomalyMapGenerator,
+    Discriminator,
+    FeatureExtractor,
+    FusedHead,
+    PatchAggregation,
+    Whitening,
+)
+
+
+class SimpleNetModel(nn.Module):
+    """SimpleNet: A Simple Network for Image Anomaly Detection and Localization (CVPR 2023, arXiv 2303.15140).
+
+    Args:
+        backbone (str | nn.Module): See :class:`FeatureExtractor`. Defaults to ``"wide_resnet50_2.tv_in1k"``.
+        layers (Sequence[str]): Layers of the backbone; the first one gives the grid. Defaults to
+            ``("layer2", "layer3")``.
+        pre_trained (bool): Whether to load the backbone's ImageNet weights. Defaults to ``True``.
+        patch_size (int): Side of the neighbourhood pooled into a patch, odd. Defaults to ``3``.
+        pretrain_embed_dimension (int): What each layer's patches are pooled to. Defaults to ``1536``.
+        target_embed_dimension (int | None): Size of a patch embedding; ``None`` for the sum of the layers' channels.
+            Defaults to ``1536``.
+        adapter_layers (int): Linear layers of the adapter; ``0`` for none. Defaults to ``1``.
+        discriminator_layers (int): Linear layers of the discriminator. Defaults to ``2``.
+        discriminator_hidden (int | None): Size of its hidden layers; ``None`` shrinks by 1.5 a layer.
+            Defaults to ``1024``.
+        noise_std (float): Standard deviation of the noise that makes anomalies. Defaults to ``0.015``.
+        mix_noise (int): Number of noise scales, ``noise_std * 1.1**k``. Defaults to ``1``.
+        whiten (bool): Whether to whiten embeddings with the covariance of normal ones, which makes ``noise_std`` a
+            share of their deviation. Not in the paper. Defaults to ``False``.
+
+    Attributes:
+        feature_extractor (FeatureExtractor): Frozen backbone.
+        patch_aggregation (PatchAggregation): Feature maps to patch embeddings.
+        whitening (Whitening | None): Fitted before training, if asked for.
+        adapter (Adapter): Trained.
+        anomaly_generator (AnomalyGenerator): Adds the noise.
+        discriminator (Discriminator): Trained.
+
+    Raises:
+        ValueError: If an argument is out of its range; the message says which and what is allowed.
+
+    Example:
+        >>> model = SimpleNetModel("resnet18", pre_trained=False, target_embed_dimension=64).eval()
+        >>> prediction = model(torch.zeros(2, 3, 64, 96))
+        >>> prediction.pred_score.shape, prediction.anomaly_map.shape
+        (torch.Size([2]), torch.Size([2, 1, 64, 96]))
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "wide_resnet50_2.tv_in1k",
+        layers: Sequence[str] = ("layer2", "layer3"),
+        pre_trained: bool = True,
+        patch_size: int = 3,
+        pretrain_embed_dimension: int = 1536,
+        target_embed_dimension: int | None = 1536,
+        adapter_layers: int = 1,
+        discriminator_layers: int = 2,
+        discriminator_hidden: int | None = 1024,
+        noise_std: float = 0.015,
+        mix_noise: int = 1,
+        whiten: bool = False,
+    ) -> None:
+        super().__init__()
+        self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained)
+        channels = self.feature_extractor.channels
+        dimension = sum(channels) if target_embed_dimension is None else target_embed_dimension
+        self.patch_aggregation = PatchAggregation(channels, patch_size, pretrain_embed_dimension, dimension)
+        self.whitening = Whitening(dimension) if whiten else None
+        self.adapter = Adapter(dimension, adapter_layers)
+        self.anomaly_generator = AnomalyGenerator(noise_std, mix_noise)
+        self.discriminator = Discriminator(dimension, discriminator_layers, discriminator_hidden)
+        self.anomaly_map_generator = AnomalyMapGenerator()
+        self.fused_head: FusedHead | None = None
+        self.register_load_state_dict_post_hook(_fuse_after_loading)
+
+    def train(self, mode: bool = True) -> "SimpleNetModel":
+        """Enter training or eval mode; eval mode fuses adapter and discriminator (:class:`FusedHead`)."""
+        super().train(mode)
+        self.fuse()
+        return self
+
+    def fuse(self) -> None:
+        """Bring the fused head up to date with adapter and discriminator; call it after changing them in eval mode."""
+        if self.training:
+            self.fused_head = None
+            return
+        linear = [*([self.whitening] if self.whitening else []), *self.adapter]
+        self.fused_head = FusedHead(linear, self.discriminator, self.patch_aggregation.segments).eval()
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Embed the patches of images.
+
+        Args:
+            images (torch.Tensor): Normalised images of shape ``(N, 3, H, W)``.
+
+        Returns:
+            torch.Tensor: Embeddings of shape ``(N, target_embed_dimension, h, w)``, on the grid of the first layer.
+        """
+        return self.patch_aggregation(list(self.feature_extractor(images).values()))
+
+    def patches(self, images: torch.Tensor) -> torch.Tensor:
+        """Embed the patches of images (:meth:`embed`) as rows, of shape ``(N * h * w, target_embed_dimension)``."""
+        return self.embed(images).permute(0, 2, 3, 1).flatten(0, 2)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | InferenceBatch:
+        """Score images, or in training mode real and fake patches.
+
+        Args:
+            images (torch.Tensor): Normalised images of shape ``(N, 3, H, W)``.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor] | InferenceBatch: In training mode the discriminator's scores of the
+            adapted patches and of the same with noise, ``(N * h * w,)`` each. In eval mode, unbounded and higher for
+            more anomalous: ``pred_score`` ``(N,)``, the highest score of any patch, and ``anomaly_map``
+            ``(N, 1, H, W)``, the patches' scores resized and smoothed.
+        """
+        if self.training:
+            patches = self.patches(images)
+            real = self.adapter(self.whitening(patches) if self.whitening else patches)
+            # In one batch: batch norm sees real and fake patches together, as in the authors' code.
+            scores = self.discriminator(torch.cat([real, self.anomaly_generator(real)]))
+            return scores[: len(real)], scores[len(real) :]
+
+        pooled = self.patch_aggregation.pool(list(self.feature_extractor(images).values()))
+        patch_scores = -self.fused_head(pooled).float()
+        return InferenceBatch(
+            pred_score=patch_scores.amax(dim=(1, 2, 3)),
+            anomaly_map=self.anomaly_map_generator(patch_scores, images.shape[-2:]),
+        )
+
+
+def _fuse_after_loading(model: SimpleNetModel, _incompatible_keys: object) -> None:
+    model.fuse()
