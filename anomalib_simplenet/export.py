@@ -8,6 +8,8 @@ from anomalib.pre_processing.utils.transform import convert_center_crop_transfor
 from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
 from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
 
+from .components.traceable import resize_by_product
+
 
 class ExportableResize(Resize):
     """Antialiased bilinear ``Resize`` that survives every export.
@@ -22,11 +24,8 @@ class ExportableResize(Resize):
         """Resize one image or batch of shape ``(..., H, W)``."""
         if not torch.compiler.is_compiling():
             return super().transform(inpt, params)
-        height, width = self.size
-        rows = _resize_matrix(inpt.shape[-2], height, inpt)
-        columns = _resize_matrix(inpt.shape[-1], width, inpt)
         # Transposed last: OpenVINO would take a normalisation that follows a product for a scale of its columns.
-        return (columns @ (rows @ inpt).mT).mT
+        return resize_by_product(inpt.mT, self.size[::-1]).mT
 
 
 def exportable_transform(transform: Transform | None) -> Transform | None:
@@ -91,7 +90,7 @@ def _replace_resize(transform: Transform | None) -> Transform | None:
     if isinstance(transform, Compose):
         transform.transforms = [_replace_resize(part) for part in transform.transforms]
     elif (
-        type(transform) is Resize
+        isinstance(transform, Resize)
         and transform.antialias
         and transform.interpolation in {InterpolationMode.BILINEAR, "bilinear", 2}
         and transform.size is not None
@@ -99,15 +98,3 @@ def _replace_resize(transform: Transform | None) -> Transform | None:
     ):
         return ExportableResize(transform.size, antialias=True)
     return transform
-
-
-def _resize_matrix(size: int, out: int, like: torch.Tensor) -> torch.Tensor:
-    """Antialiased linear interpolation of ``size`` samples at ``out`` places, as a matrix ``(out, size)``.
-
-    Each output averages the input under a triangle, as wide as the inputs that one output stands for. In whole numbers
-    up to the last division: OpenVINO computes in bfloat16 where the processor can.
-    """
-    centre = size * (2 * torch.arange(out, device=like.device) + 1)
-    sample = out * (2 * torch.arange(size, device=like.device) + 1)
-    weight = (2 * torch.sym_max(size, out) - (sample[None] - centre[:, None]).abs()).clamp(min=0)
-    return weight.to(like.dtype) / weight.sum(dim=1, keepdim=True).to(like.dtype)

@@ -78,10 +78,10 @@ def prepare_cells(folder: Path, cells: str) -> None:
     """
     if folder.is_dir():
         return
-    package = Path(_import("elpv_dataset").__file__).parent / "data"
+    package = Path(str(_import("elpv_dataset").__file__)).parent / "data"
     with (package / "labels.csv").open() as file:
         rows = [row for row in csv.reader(file, delimiter=" ", skipinitialspace=True) if row]
-    images = {probability: [] for probability in (0.0, 1.0)}
+    images: dict[float, list[Path]] = {probability: [] for probability in (0.0, 1.0)}
     for name, probability, kind, *_ in rows:
         if kind == cells and float(probability) in images:
             images[float(probability)].append(package / name)

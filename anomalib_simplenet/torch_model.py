@@ -134,7 +134,7 @@ class SimpleNetModel(nn.Module):
             return scores[: len(real)], scores[len(real) :]
 
         pooled = self.patch_aggregation.pool(list(self.feature_extractor(images).values()))
-        patch_scores = -self.fused_head(pooled).float()
+        patch_scores = -self.fused_head(pooled).float()  # type: ignore[misc]  # never None in eval mode
         return InferenceBatch(
             pred_score=patch_scores.amax(dim=(1, 2, 3)),
             anomaly_map=self.anomaly_map_generator(patch_scores, images.shape[-2:]),

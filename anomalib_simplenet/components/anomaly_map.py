@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from .traceable import resize
+
 
 class AnomalyMapGenerator(nn.Module):
     """Resize patch scores to the image and smooth them, as the authors do with scipy's ``gaussian_filter``.
@@ -32,7 +34,10 @@ class AnomalyMapGenerator(nn.Module):
         Returns:
             torch.Tensor: Map of shape ``(N, 1, H, W)``, in the units of the patch scores.
         """
-        anomaly_map = F.interpolate(patch_scores, size=image_size, mode="bilinear", align_corners=False)
+        with torch.autocast(patch_scores.device.type, enabled=False):
+            return self._smooth(resize(patch_scores, image_size))
+
+    def _smooth(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         kernel = self.kernel.to(anomaly_map.dtype)
         anomaly_map = F.conv2d(self._reflect(anomaly_map, dim=2), kernel.view(1, 1, -1, 1))
         return F.conv2d(self._reflect(anomaly_map, dim=3), kernel.view(1, 1, 1, -1))

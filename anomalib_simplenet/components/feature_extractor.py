@@ -7,9 +7,9 @@ from typing import Any
 
 import timm
 import torch
-from anomalib.models.components import TimmFeatureExtractor
 from timm.models._features import FeatureGetterNet
 from torch import nn
+from torch.fx import GraphModule
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 logger = logging.getLogger(__name__)
@@ -101,9 +101,13 @@ class FeatureExtractor(nn.Module):
         return {layer: features[layer] for layer in self.layers}
 
     def _trace(self, backbone: nn.Module) -> nn.Module:
-        names = get_graph_node_names(backbone.eval())[1]
-        self._check_layers(type(backbone).__name__, [name for name in names if name != "x"])
-        return create_feature_extractor(backbone, return_nodes={layer: layer for layer in self.layers})
+        _input, *nodes = get_graph_node_names(backbone.eval())[1]
+        # A module stands for the last of its nodes.
+        names = dict.fromkeys(".".join(node.split(".")[: depth + 1]) for depth in range(9) for node in nodes)
+        self._check_layers(type(backbone).__name__, list(names))
+        net = create_feature_extractor(backbone, return_nodes={layer: layer for layer in self.layers}).eval()
+        # torchvision keeps two graphs, one to train, and forgets on deepcopy that it was in eval mode.
+        return GraphModule(net, net.graph)
 
     def _create(self, backbone: str, pre_trained: bool) -> nn.Module:
         # On the meta device a model costs next to nothing. It tells the layers, and that the name is right.
@@ -146,6 +150,9 @@ class FeatureExtractor(nn.Module):
         if "vit" not in backbone.lower():
             msg = f"backbone {backbone!r} is a transformer that anomalib cannot turn into maps: take a CNN or a vit_*."
             raise ValueError(msg)
+        # Here and not above: it imports anomalib's models, and with them (registry.py) the model that imports this.
+        from anomalib.models.components import TimmFeatureExtractor
+
         net = TimmFeatureExtractor(backbone, self.by_depth, pre_trained)
         net.feature_extractor.prune_intermediate_layers(out_indices, prune_head=True)
         self.patch_size = net.patch_size
@@ -153,7 +160,8 @@ class FeatureExtractor(nn.Module):
 
     def _check_layers(self, backbone: str, names: list[str]) -> None:
         if unknown := [layer for layer in self.layers if layer not in names]:
-            msg = f"layers: {', '.join(unknown)} not found in backbone {backbone!r}, which has {', '.join(names)}."
+            known = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
+            msg = f"layers: {', '.join(unknown)} not found in backbone {backbone!r}, which has {known}."
             raise ValueError(msg)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from .discriminator import Discriminator
-from .patch_aggregation import resize
+from .traceable import leaky_relu, resize
 
 
 class FusedHead(nn.Module):
@@ -46,12 +46,15 @@ class FusedHead(nn.Module):
             torch.Tensor: Scores of shape ``(N, 1, h, w)`` on the grid of the first layer; high for normal patches.
         """
         grid = pooled[0].shape[-2:]
-        parts = [resize(F.conv2d(part, getattr(self, f"weight_0_{index}")), grid) for index, part in enumerate(pooled)]
-        # Not parts[0] + parts[1]: OpenVINO fuses that into the convolution, which then fails in float32 where the
-        # processor knows bfloat16.
-        scores = torch.stack(parts).sum(dim=0) + self.bias_0[:, None, None]
+        parts = []
+        for index, part in enumerate(pooled):
+            weight, bias = getattr(self, f"weight_0_{index}"), self.bias_0 if index == 0 else None
+            parts.append(resize(F.conv2d(part, weight, bias), grid))
+        # Not a plain sum: OpenVINO fuses that into the convolution, which then fails in float32 where the processor
+        # knows bfloat16.
+        scores = torch.cat(parts, dim=1).unflatten(1, (len(parts), -1)).sum(dim=1)
         for index in range(1, self.depth):
-            scores = F.leaky_relu(scores, Discriminator.NEGATIVE_SLOPE)
+            scores = leaky_relu(scores, Discriminator.NEGATIVE_SLOPE)
             scores = F.conv2d(scores, getattr(self, f"weight_{index}_0"), getattr(self, f"bias_{index}"))
         return scores
 

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from .traceable import resize
+
 
 class PatchAggregation(nn.Module):
     """Pool the neighbourhood of each position of several feature maps into one patch embedding (paper, section 3.1).
@@ -98,13 +100,6 @@ class PatchAggregation(nn.Module):
         # A window reaches over the border between two layers: F.pad puts each contribution in its place.
         places = [(0, 0, 0, 0, segment.start, self.dimension - segment.stop) for segment in self.segments]
         return torch.stack([F.pad(part, place) for part, place in zip(pooled, places, strict=True)]).sum(dim=0)
-
-
-def resize(feature: torch.Tensor, grid: torch.Size) -> torch.Tensor:
-    """Resize a map ``(N, C, h, w)`` bilinearly to ``grid``, where it differs."""
-    if feature.shape[-2:] == grid:
-        return feature
-    return F.interpolate(feature, size=grid, mode="bilinear", align_corners=False)
 
 
 def _pooling_windows(size: int, out: int) -> list[tuple[int, int]]:

@@ -1,0 +1,53 @@
+"""Resizing and activation in forms that exported models keep exact.
+
+OpenVINO computes in bfloat16 where the processor can, but for operations marked as sensitive to precision
+(:func:`anomalib_simplenet.export.keep_float32`). Interpolation and leaky ReLU lose the mark in OpenVINO's own rewriting
+of the graph; matrix products, sums and absolute values keep it. So the latter are used while a graph is being traced.
+"""
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+
+def resize(feature: torch.Tensor, grid: tuple[int, int] | torch.Size) -> torch.Tensor:
+    """Resize maps bilinearly, with corners not aligned.
+
+    Args:
+        feature (torch.Tensor): Maps of shape ``(N, C, h, w)``.
+        grid (tuple[int, int] | torch.Size): ``(H, W)``, at least as large where a graph is being traced.
+
+    Returns:
+        torch.Tensor: Maps of shape ``(N, C, H, W)``.
+    """
+    if feature.shape[-2:] == grid:
+        return feature
+    if torch.compiler.is_compiling():
+        return resize_by_product(feature, grid)
+    return F.interpolate(feature, size=grid, mode="bilinear", align_corners=False)
+
+
+def resize_by_product(image: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
+    """Resize images ``(..., h, w)`` to ``(..., H, W)``, antialiased where that is smaller, by two matrix products."""
+    rows = _resize_matrix(image.shape[-2], size[0], image)
+    columns = _resize_matrix(image.shape[-1], size[1], image)
+    # Of four dimensions each, or OpenVINO rewrites the products.
+    return rows[None, None] @ (image @ columns.mT[None, None])
+
+
+def leaky_relu(features: torch.Tensor, negative_slope: float) -> torch.Tensor:
+    """Apply leaky ReLU."""
+    if torch.compiler.is_compiling():
+        return 0.5 * (1 + negative_slope) * features + 0.5 * (1 - negative_slope) * features.abs()
+    return F.leaky_relu(features, negative_slope)
+
+
+def _resize_matrix(size: int, out: int, like: torch.Tensor) -> torch.Tensor:
+    """Antialiased linear interpolation of ``size`` samples at ``out`` places, as a matrix ``(out, size)``.
+
+    Each output averages the input under a triangle, as wide as the inputs that one output stands for. In whole numbers
+    up to the last division.
+    """
+    centre = size * (2 * torch.arange(out, device=like.device) + 1)
+    sample = out * (2 * torch.arange(size, device=like.device) + 1)
+    weight = (2 * torch.sym_max(size, out) - (sample[None] - centre[:, None]).abs()).clamp(min=0)
+    return weight.to(like.dtype) / weight.sum(dim=1, keepdim=True).to(like.dtype)

@@ -1,0 +1,111 @@
+"""Adapter, generator, discriminator, loss, whitening, anomaly map."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+from torch import nn
+
+from anomalib_simplenet.components import Adapter, AnomalyGenerator, AnomalyMapGenerator, Discriminator, Whitening
+from anomalib_simplenet.loss import TruncatedL1Loss
+
+
+def test_generator_adds_noise_of_the_given_deviation() -> None:
+    torch.manual_seed(0)
+    embedding = torch.full((2000, 50), 3.0)
+    noise = AnomalyGenerator(noise_std=0.2)(embedding) - embedding
+    assert noise.std().item() == pytest.approx(0.2, rel=0.02)
+    assert noise.mean().item() == pytest.approx(0, abs=0.01)
+
+
+def test_mixed_noise_draws_one_scale_a_patch() -> None:
+    torch.manual_seed(0)
+    deviation = AnomalyGenerator(noise_std=1.0, mix_noise=3)(torch.zeros(600, 20000)).std(dim=1)
+    scales = torch.tensor([1.0, 1.1, 1.21])
+    distance, nearest = (deviation[:, None] - scales).abs().min(dim=1)
+    assert distance.max() < 0.03
+    assert torch.bincount(nearest).min() > 150
+
+
+def test_generator_draws_anew_each_time_and_repeats_with_the_seed() -> None:
+    generator, embedding = AnomalyGenerator(), torch.zeros(4, 4)
+    torch.manual_seed(1)
+    first, second = generator(embedding), generator(embedding)
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(first, generator(embedding))
+
+
+def test_generator_does_nothing_in_eval_mode() -> None:
+    embedding = torch.randn(4, 4)
+    assert AnomalyGenerator().eval()(embedding) is embedding
+
+
+def test_discriminator_shrinks_by_half_as_much_again_where_hidden_is_none() -> None:
+    widths = [m.out_features for m in Discriminator(18, layers=3, hidden=None).modules() if isinstance(m, nn.Linear)]
+    assert widths == [12, 8, 1]
+
+
+def test_discriminator_of_one_layer_takes_the_embedding_itself() -> None:
+    discriminator = Discriminator(18, layers=1)
+    assert discriminator.tail.in_features == 18
+    assert discriminator(torch.zeros(5, 18)).shape == (5,)
+
+
+def test_weights_start_xavier_normal() -> None:
+    torch.manual_seed(0)
+    for linear in (Adapter(300)[0], Discriminator(300, hidden=300).body[0][0]):
+        assert linear.weight.std().item() == pytest.approx((2 / 600) ** 0.5, rel=0.02)
+
+
+def test_loss_truncates_at_the_margin_on_both_sides() -> None:
+    loss = TruncatedL1Loss(margin=0.5)
+    assert loss(torch.tensor([0.5, 9.0]), torch.tensor([-0.5, -9.0])) == 0
+    assert loss(torch.tensor([0.0]), torch.tensor([0.0])) == 1
+    assert loss(torch.tensor([-1.0]), torch.tensor([-1.0])) == 1.5
+    assert loss(torch.tensor([1.0]), torch.tensor([1.0])) == 1.5
+
+
+def test_whitening_gives_mean_zero_and_covariance_one_from_several_batches() -> None:
+    torch.manual_seed(0)
+    patches = torch.randn(5000, 6) @ torch.randn(6, 6) + torch.randn(6)
+    whitening = Whitening(6)
+    assert not whitening.fitted
+    whitening.fit(whitening.moments(patches[:2000].split(300)) + whitening.moments([patches[2000:]]))
+    assert whitening.fitted
+    white = whitening(patches)
+    torch.testing.assert_close(white.mean(dim=0), torch.zeros(6), atol=1e-3, rtol=0)
+    covariance = torch.cov(white.T)
+    # The directions of least variance are held back by the regularisation.
+    assert torch.linalg.eigvalsh(covariance)[2:] == pytest.approx(torch.ones(4), abs=0.1)
+    assert torch.linalg.eigvalsh(covariance).max() < 1.001
+    assert not any(parameter.requires_grad for parameter in whitening.parameters())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 60), st.integers(1, 60))
+def test_anomaly_map_is_smoothed_as_scipy_does_to_the_border(h: int, w: int, height: int, width: int) -> None:
+    scores = torch.randn(2, 1, h, w)
+    resized = nn.functional.interpolate(scores, size=(height, width), mode="bilinear", align_corners=False)
+    expected = torch.stack([torch.from_numpy(gaussian_filter(image[0].double().numpy(), 4)) for image in resized])
+    anomaly_map = AnomalyMapGenerator()(scores, (height, width))
+    torch.testing.assert_close(anomaly_map.squeeze(1), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Adapter(8, -1), "adapter_layers is -1, expected 0"),
+        (lambda: AnomalyGenerator(0.0), "noise_std is 0.0, expected a number above 0"),
+        (lambda: AnomalyGenerator(float("nan")), "noise_std is nan"),
+        (lambda: AnomalyGenerator(mix_noise=0), "mix_noise is 0, expected 1"),
+        (lambda: Discriminator(8, 0), "discriminator_layers is 0, expected 1 or more"),
+        (lambda: Discriminator(8, 2, 0), "discriminator_hidden is 0, expected 1 or more"),
+        (lambda: Discriminator(2, 4, None), "discriminator_layers is 4, too many"),
+        (lambda: TruncatedL1Loss(0), "margin is 0, expected a number above 0"),
+    ],
+)
+def test_wrong_arguments_are_named(make: callable, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,206 @@
+"""SimpleNetModel and its backbone."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from anomalib_simplenet.components import FeatureExtractor, PretrainedWeightsError
+from anomalib_simplenet.torch_model import SimpleNetModel
+
+SMALL = {"pretrain_embed_dimension": 24, "target_embed_dimension": 32, "discriminator_hidden": 16}
+
+
+class TwoStages(nn.Module):
+    """A module as backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.Sequential(nn.Conv2d(3, 6, 3, stride=4, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.late = nn.Conv2d(6, 10, 3, stride=2, padding=1)
+        self.unused = nn.Conv2d(10, 10, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.unused(self.late(self.early(images)))
+
+
+def make(backbone: str | nn.Module = "resnet18", **arguments: object) -> SimpleNetModel:
+    torch.manual_seed(0)
+    return SimpleNetModel(backbone, pre_trained=False, **{**SMALL, **arguments})
+
+
+def train_a_little(model: SimpleNetModel, images: torch.Tensor) -> None:
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=0.01)
+    for _ in range(3):
+        real, fake = model(images)
+        optimizer.zero_grad()
+        (fake - real).mean().backward()
+        optimizer.step()
+
+
+def plain_scores(model: SimpleNetModel, images: torch.Tensor) -> torch.Tensor:
+    """Scores of patches without fusing anything, ``(N, h * w)``."""
+    patches = model.patches(images)
+    white = model.whitening(patches) if model.whitening else patches
+    return -model.discriminator(model.adapter(white)).reshape(len(images), -1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    adapter_layers=st.integers(0, 2),
+    discriminator_layers=st.integers(1, 3),
+    discriminator_hidden=st.sampled_from([None, 8]),
+    target_embed_dimension=st.sampled_from([None, 5, 23, 48, 70]),
+    layers=st.sampled_from([("early",), ("early", "late"), ("late", "early")]),
+    whiten=st.booleans(),
+)
+def test_fused_eval_equals_the_plain_path(**arguments: object) -> None:
+    if arguments["discriminator_hidden"] is None and arguments["target_embed_dimension"] == 5:
+        arguments["target_embed_dimension"] = 12
+    model, images = make(TwoStages(), **arguments), torch.randn(2, 3, 32, 48)
+    if model.whitening:
+        model.whitening.fit(model.whitening.moments([model.patches(torch.randn(4, 3, 32, 48))]))
+    train_a_little(model, images)
+    model.eval()
+    with torch.no_grad():
+        expected = plain_scores(model, images).amax(dim=1)
+        torch.testing.assert_close(model(images).pred_score, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(deepcopy(model)(images).pred_score, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fused_head_follows_loading_and_training_and_is_no_part_of_the_state() -> None:
+    images = torch.randn(2, 3, 64, 64)
+    model, trained = make().eval(), make()
+    keys = set(trained.state_dict())
+    before = model(images).pred_score
+    train_a_little(trained, images)
+    expected = trained.eval()(images).pred_score
+    assert set(trained.state_dict()) == keys
+    model.load_state_dict(trained.state_dict())
+    assert torch.equal(model(images).pred_score, expected)
+    assert not torch.allclose(before, expected)
+    assert model.train().fused_head is None
+    train_a_little(model, images)
+    assert not torch.allclose(model.eval()(images).pred_score, expected)
+
+
+def test_image_score_is_the_unsmoothed_maximum() -> None:
+    model, images = make().eval(), torch.randn(2, 3, 64, 96)
+    prediction = model(images)
+    assert prediction.pred_score.shape == (2,)
+    assert prediction.anomaly_map.shape == (2, 1, 64, 96)
+    torch.testing.assert_close(prediction.pred_score, plain_scores(model, images).amax(dim=1), rtol=1e-5, atol=1e-6)
+    assert (prediction.anomaly_map.amax(dim=(1, 2, 3)) < prediction.pred_score).all()
+
+
+def test_scores_of_an_image_do_not_depend_on_its_batch() -> None:
+    model, images = make().eval(), torch.randn(3, 3, 64, 64)
+    alone = torch.cat([model(image[None]).pred_score for image in images])
+    torch.testing.assert_close(model(images).pred_score, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "grid"),
+    [
+        ("resnet18", ("layer1", "layer2", "layer3"), (56, 28)),
+        ("resnet18", ("layer3", "layer1"), (14, 7)),
+        ("mobilenetv3_small_050", ("blocks.1", "blocks.3"), (28, 14)),
+        ("tf_efficientnet_lite0", ("blocks.2", "blocks.4"), (28, 14)),
+        ("convnext_atto", ("stages.1", "stages.2"), (28, 14)),
+        ("mobilevit_xxs", ("stages.1", "stages.2"), (56, 28)),
+        ("vit_tiny_patch16_224", ("blocks.2", "blocks.5"), (14, 7)),
+        ("vit_small_patch14_reg4_dinov2", ("blocks.3",), (16, 8)),
+        (TwoStages(), ("early", "late"), (56, 28)),
+    ],
+    ids=str,
+)
+def test_backbones_of_every_kind(backbone: str | nn.Module, layers: tuple[str, ...], grid: tuple[int, int]) -> None:
+    model = make(backbone, layers=layers, target_embed_dimension=None)
+    assert model.patch_aggregation.dimension == sum(model.feature_extractor.channels)
+    images = torch.randn(1, 3, 224, 112)  # not square
+    assert model.embed(images).shape == (1, model.patch_aggregation.dimension, *grid)
+    real, fake = model(images)
+    assert real.shape == fake.shape == (grid[0] * grid[1],)
+    assert model.eval()(images).anomaly_map.shape == (1, 1, 224, 112)
+
+
+def test_layers_keep_their_names_whatever_their_order() -> None:
+    torch.manual_seed(0)
+    forward = FeatureExtractor("resnet18", ["layer1", "layer2"], pre_trained=False)
+    backward = FeatureExtractor("resnet18", ["layer2", "layer1"], pre_trained=False)
+    backward.load_state_dict(forward.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    assert list(backward(images)) == ["layer2", "layer1"]
+    for layer, feature in forward(images).items():
+        assert torch.equal(feature, backward(images)[layer])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "first_unused"),
+    [
+        ("resnet18", ["layer2"], "layer3"),
+        ("tf_efficientnet_lite0", ["blocks.4"], "blocks.5"),
+        ("vit_tiny_patch16_224", ["blocks.3"], "blocks.4"),
+    ],
+)
+def test_backbone_ends_after_the_last_layer(backbone: str, layers: list[str], first_unused: str) -> None:
+    names = [name for name, _ in FeatureExtractor(backbone, layers, pre_trained=False).named_modules()]
+    assert any(layers[0] in name for name in names)
+    assert not any(first_unused in name for name in names)
+
+
+def test_backbone_is_frozen_and_its_batch_norm_never_moves() -> None:
+    model, images = make(), torch.randn(2, 3, 64, 64)
+    before = {key: value.clone() for key, value in model.feature_extractor.state_dict().items()}
+    train_a_little(model, images)
+    assert not any(module.training for module in model.feature_extractor.modules())
+    assert not any(parameter.requires_grad for parameter in model.feature_extractor.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.feature_extractor.state_dict().items())
+
+
+def test_half_precision_and_autocast_predict_in_float32() -> None:
+    model, images = make().eval(), torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(images)
+    half = deepcopy(model).bfloat16()(images.bfloat16())
+    for prediction in (mixed, half):
+        for value, reference in (
+            (prediction.pred_score, expected.pred_score),
+            (prediction.anomaly_map, expected.anomaly_map),
+        ):
+            assert value.dtype is torch.float32
+            assert (value - reference).abs().max() < 0.05 * reference.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": "resnet19"}, "'resnet19' is no model of timm.*resnet18"),
+        ({"backbone": "resnet18.nope"}, "'resnet18.nope' is no model of timm.*Invalid pretrained tag"),
+        ({"backbone": "local-dir:/nowhere"}, "'/nowhere' must hold timm's config.json"),
+        ({"backbone": None}, "backbone is None, expected the name of a timm model"),
+        ({"backbone": "deit_tiny_patch16_224", "layers": ["blocks.2"]}, "take a CNN or a vit_"),
+        ({"layers": ["layer2", "layer9"]}, "layer9 not found in backbone 'resnet18', which has act1, layer1, layer2"),
+        ({"backbone": TwoStages(), "layers": ["middle"]}, "middle not found in backbone 'TwoStages', which has early"),
+        ({"layers": []}, "layers is .*at least one layer"),
+        ({"layers": "layer2"}, "layers is 'layer2', expected a list"),
+        ({"layers": ["layer2", "layer2"]}, "each layer may be named once"),
+    ],
+)
+def test_wrong_backbones_and_layers_are_named_with_what_there_is(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SimpleNetModel(**{"backbone": "resnet18", "pre_trained": False, **SMALL, **arguments})
+
+
+def test_a_backbone_without_its_weights_is_usable_only_once_a_checkpoint_brought_them() -> None:
+    model = SimpleNetModel("resnet18.tv_in1k", pre_trained=True, **SMALL).eval()
+    with pytest.raises(PretrainedWeightsError, match="weights of backbone 'resnet18.tv_in1k' cannot be had.*local-dir"):
+        model(torch.zeros(1, 3, 64, 64))
+    model.load_state_dict(make().state_dict())
+    assert model(torch.zeros(1, 3, 64, 64)).pred_score.shape == (1,)
