@@ -200,7 +200,9 @@ def test_wrong_backbones_and_layers_are_named_with_what_there_is(arguments: dict
 
 def test_a_backbone_without_its_weights_is_usable_only_once_a_checkpoint_brought_them() -> None:
     model = SimpleNetModel("resnet18.tv_in1k", pre_trained=True, **SMALL).eval()
-    with pytest.raises(PretrainedWeightsError, match="weights of backbone 'resnet18.tv_in1k' cannot be had.*local-dir"):
+    with pytest.raises(
+        PretrainedWeightsError, match=r"weights of backbone 'resnet18.tv_in1k' cannot be had.*local-dir"
+    ):
         model(torch.zeros(1, 3, 64, 64))
     model.load_state_dict(make().state_dict())
     assert model(torch.zeros(1, 3, 64, 64)).pred_score.shape == (1,)
