@@ -1,0 +1,69 @@
+"""The quickstart does what the README says of it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from anomalib.data.utils import read_image
+
+from anomalib_simplenet import quickstart
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "anomalib_simplenet.quickstart", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_weights_are_those_of_imagenet(real: Path) -> None:
+    """Anything else than the right weights in the right places gives features without a pattern in them."""
+    network = timm.create_model(f"local-dir:{real / 'efficientnet_lite0'}", pretrained=True).eval()
+    photograph = read_image(next((real / "mono" / "test" / "good").iterdir()), as_tensor=True)[None]
+    with torch.no_grad():
+        confidence = network((photograph - 0.45) / 0.225).softmax(dim=1)
+    # Of 1000 classes, ImageNet's nearest to a photograph of a dark grid.
+    assert confidence.topk(20).values.sum() > 0.5
+
+
+def test_split_is_fixed_and_no_cell_is_in_two_parts(real: Path, tmp_path: Path) -> None:
+    quickstart.prepare_cells(tmp_path / "again", "mono")
+    parts = ["train/good", "test/good", "test/defective"]
+    names = {part: {path.name for path in (real / "mono" / part).iterdir()} for part in parts}
+    assert {part: len(found) for part, found in names.items()} == dict(zip(parts, (392, 196, 196), strict=True))
+    assert len(set.union(*names.values())) == 392 + 196 + 196
+    assert all({path.name for path in (tmp_path / "again" / part).iterdir()} == names[part] for part in parts)
+
+
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "elpv_dataset", None)
+    with pytest.raises(SystemExit, match=r"needs elpv_dataset: pip install 'anomalib-simplenet\[quickstart\]'"):
+        quickstart.prepare_cells(tmp_path / "mono", "mono")
+
+
+def test_outside_the_project_it_says_where_to_run(tmp_path: Path) -> None:
+    process = run(tmp_path)
+    assert process.returncode == 2
+    assert "run it in the project's folder" in process.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_quickstart_reaches_its_accuracy_and_a_second_run_keeps_the_first(tmp_path: Path) -> None:
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    process = run(tmp_path)
+    assert process.returncode == 0, process.stderr[-2000:]
+    summary = process.stdout[process.stdout.rindex("SimpleNet on") :]
+    assert float(re.search(r"image AUROC (0\.\d+)", summary)[1]) >= 0.90
+    for name in ("checkpoint", "OpenVINO", "pictures"):
+        assert Path(re.search(rf"{name} +(\S+)", summary)[1]).exists()
+    assert "next" in summary.lower()
+
+    weights = tmp_path / "datasets" / "efficientnet_lite0" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert run(tmp_path, "--prepare-only").returncode == 0
+    assert weights.stat().st_mtime_ns == before
