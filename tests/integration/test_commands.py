@@ -14,6 +14,7 @@ from PIL import Image
 from anomalib_simplenet import SimpleNet
 
 CONFIG = Path(__file__).parents[2] / "configs" / "model" / "simplenet_edge.yaml"
+SUFFIX = {"torch": ".pt", "onnx": ".onnx", "openvino": ".xml"}
 
 
 class Workshop:
@@ -43,9 +44,11 @@ class Workshop:
 
     def export(self, export_type: str, *arguments: str) -> Path:
         root = self.folder / "exported" / "-".join([export_type, *arguments]).replace("--", "")
+        path = root / "weights" / export_type / f"model{SUFFIX[export_type]}"
+        if path.exists():
+            return path
         self.from_checkpoint("export", "--export_type", export_type, "--export_root", str(root), *arguments)
-        suffix = {"torch": ".pt", "onnx": ".onnx", "openvino": ".xml"}[export_type]
-        return root / "weights" / export_type / f"model{suffix}"
+        return path
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def test_validate_and_test_from_the_checkpoint(workshop: Workshop) -> None:
     workshop.from_checkpoint("validate", *workshop.data, "--trainer.limit_val_batches", "1")
     cli = workshop.from_checkpoint("test", *workshop.data, "--trainer.limit_test_batches", "1")
     assert "image_AUROC" in cli.engine.trainer.callback_metrics
-    assert list((workshop.folder / "results").rglob("images/good/*.png"))
+    assert list((workshop.folder / "results").rglob("good/*.png"))
 
 
 def test_train_goes_on_from_the_checkpoint_and_tests(workshop: Workshop) -> None:

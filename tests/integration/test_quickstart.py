@@ -27,8 +27,8 @@ def test_weights_are_those_of_imagenet(real: Path) -> None:
     photograph = read_image(next((real / "mono" / "test" / "good").iterdir()), as_tensor=True)[None]
     with torch.no_grad():
         confidence = network((photograph - 0.45) / 0.225).softmax(dim=1)
-    # Of 1000 classes, ImageNet's nearest to a photograph of a dark grid.
-    assert confidence.topk(20).values.sum() > 0.5
+    # Of 1000 classes few are like a photograph of a dark grid; to wrong weights all are alike.
+    assert confidence.topk(20).values.sum() > 0.3
 
 
 def test_split_is_fixed_and_no_cell_is_in_two_parts(real: Path, tmp_path: Path) -> None:
