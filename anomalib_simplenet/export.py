@@ -1,14 +1,18 @@
 """Exported models that answer like their checkpoints."""
 
-from copy import deepcopy
+from __future__ import annotations
 
-import openvino as ov
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
 import torch
 from anomalib.pre_processing.utils.transform import convert_center_crop_transform
-from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
 from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
 
 from .components.traceable import resize_by_product
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 
 class ExportableResize(Resize):
@@ -63,14 +67,17 @@ def prepend_resize(model: ov.Model, input_size: tuple[int, int] | None) -> ov.Mo
     Returns:
         ov.Model: Model of images ``(N, 3, H, W)``.
     """
+    from openvino import Layout
+    from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
+
     processor = PrePostProcessor(model)
     image = processor.input()
-    image.tensor().set_layout(ov.Layout("NCHW"))
+    image.tensor().set_layout(Layout("NCHW"))
     if input_size is None:
         image.tensor().set_spatial_dynamic_shape()
     else:
         image.tensor().set_spatial_static_shape(*input_size)
-    image.model().set_layout(ov.Layout("NCHW"))
+    image.model().set_layout(Layout("NCHW"))
     image.preprocess().resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
     return processor.build()
 

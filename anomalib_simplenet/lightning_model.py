@@ -28,6 +28,7 @@ from torchmetrics import Metric
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from tqdm.auto import tqdm
 
+from .export import exportable_transform, keep_float32, prepend_resize, split_resize
 from .loss import TruncatedL1Loss
 from .registry import register
 from .torch_model import SimpleNetModel
@@ -275,7 +276,7 @@ class SimpleNet(AnomalibModule):
             )
             raise ValueError(msg)
         own = {**self.hparams, "backbone": self.model.feature_extractor.architecture}
-        architecture = [name for name in signature(SimpleNetModel).parameters if name not in _NOT_IN_WEIGHTS]
+        architecture = [name for name in signature(SimpleNetModel).parameters if name in saved.keys() - _NOT_IN_WEIGHTS]
         differing = {name: saved[name] for name in architecture if _plain(saved, name) != _plain(own, name)}
         if saved["backbone"] is None:  # a module, which the checkpoint does not hold
             differing.pop("backbone", None)
@@ -285,9 +286,27 @@ class SimpleNet(AnomalibModule):
             arguments = {name: self.hparams[name] for name in signature(SimpleNetModel).parameters}
             self.model = SimpleNetModel(**{**arguments, "pre_trained": False})
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
-        """Export to ONNX as anomalib does, with opset 18, below which torch's exporter fails to convert its graph."""
-        return super().to_onnx(*args, **{"opset_version": 18, **kwargs})
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Export to ONNX as anomalib does, but with the resize of training, and also without any resize.
+
+        The arguments are those of :meth:`anomalib.models.AnomalibModule.to_onnx`. Opset 18 is the default, below which
+        torch's exporter fails to convert its graph.
+
+        Returns:
+            Path: The ``.onnx`` file, in ``weights/onnx`` under ``export_root``.
+        """
+        if input_size is None and "dynamic_axes" not in kwargs:
+            # anomalib would trace an image of 2 x 2 pixels, too small to tell its size from that of its feature maps.
+            least = 2 * self.model.feature_extractor.stride
+            sides = {2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
+            kwargs.setdefault("dynamic_shapes", ({0: torch.export.Dim("batch_size"), **sides},))
+        return super().to_onnx(export_root, model_file_name, input_size, **{"opset_version": 18, **kwargs})
 
     def to_openvino(
         self,
@@ -310,8 +329,6 @@ class SimpleNet(AnomalibModule):
             Path: The ``.xml`` file, in ``weights/openvino`` under ``export_root``.
         """
         import openvino as ov
-
-        from .export import keep_float32, prepend_resize, split_resize
 
         transform = getattr(self.pre_processor, "export_transform", None)
         resized, rest = split_resize(transform)
@@ -337,8 +354,6 @@ class SimpleNet(AnomalibModule):
 
     def _match_export_to_training(self) -> None:
         """Exported models shall see what the model was trained on; anomalib drops the resize's antialiasing."""
-        from .export import exportable_transform
-
         if isinstance(self.pre_processor, PreProcessor):
             self.pre_processor.export_transform = exportable_transform(self.pre_processor.transform)
 

@@ -45,5 +45,6 @@ class AnomalyMapGenerator(nn.Module):
     def _reflect(self, image: torch.Tensor, dim: int) -> torch.Tensor:
         """Pad one dimension as ``d c b a | a b c d | d c b a``, which ``F.pad`` cannot."""
         size, radius = image.shape[dim], len(self.kernel) // 2
-        index = torch.arange(-radius, size + radius, device=image.device) % (2 * size)
+        index = torch.arange(-radius, size + radius, device=image.device)
+        index = index.remainder(torch.full_like(index, 2 * size))  # ONNX has no remainder of a size that is not fixed
         return image.index_select(dim, torch.minimum(index, 2 * size - 1 - index))

@@ -1,0 +1,62 @@
+"""Exports of pre-processors other than the default one, in every runtime."""
+
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from anomalib.pre_processing import PreProcessor
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_simplenet import SimpleNet
+from anomalib_simplenet.components.traceable import leaky_relu, resize_by_product
+from anomalib_simplenet.export import exportable_transform
+
+from .conftest import tiny_model
+
+NORMALIZE = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+
+
+@pytest.mark.parametrize(
+    "pre_processor",
+    [
+        pytest.param(SimpleNet.configure_pre_processor((96, 80), (64, 48)), id="cropped as in the paper"),
+        pytest.param(PreProcessor(Compose([NORMALIZE, Resize((64, 64), antialias=True)])), id="resized last"),
+        pytest.param(PreProcessor(Resize((64, 64), antialias=True)), id="resized only"),
+        pytest.param(False, id="none"),
+    ],
+)
+@pytest.mark.parametrize("input_size", [None, (150, 170)])
+def test_exports_agree_with_the_model(
+    tmp_path: Path, pre_processor: PreProcessor | bool, input_size: tuple[int, int] | None
+) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(pre_processor=pre_processor, layers=["layer1", "layer2"], adapter_layers=1)
+    model.model(torch.randn(2, 3, 64, 64))
+    images = torch.rand(3, 3, 150, 170)
+    expected = model.eval()(images)
+    for path in (model.to_onnx(tmp_path, input_size=input_size), model.to_openvino(tmp_path, input_size=input_size)):
+        runtime = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        answer = runtime(images.numpy())
+        for field in ("pred_score", "anomaly_map"):
+            np.testing.assert_allclose(answer[field], getattr(expected, field).detach(), rtol=1e-4, atol=1e-5)
+    if pre_processor:  # which exporting leaves as it was
+        assert torch.equal(model(images).pred_score, expected.pred_score)
+
+
+@pytest.mark.parametrize(("size", "out"), [((90, 70), (32, 48)), ((20, 30), (64, 31)), ((40, 40), (40, 40))])
+def test_resize_by_product_is_the_antialiased_resize(size: tuple[int, int], out: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, *size)
+    expected = exportable_transform(Resize(out, antialias=True))(images)
+    torch.testing.assert_close(resize_by_product(images, out), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_leaky_relu_is_the_same_while_a_graph_is_traced() -> None:
+    class Activation(torch.nn.Module):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return leaky_relu(features, 0.2)
+
+    features = torch.randn(100)
+    traced = torch.export.export(Activation(), (features,)).module()
+    torch.testing.assert_close(traced(features), torch.nn.functional.leaky_relu(features, 0.2))
