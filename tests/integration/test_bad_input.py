@@ -39,9 +39,8 @@ def test_odd_images_among_others_of_another_size_train_test_and_predict(pictures
     for part in ("train/good", "test/good", "test/bad"):
         odd(kind).save(pictures / part / "000.png")
     Image.new("L", odd(kind).size, 255).save(pictures / "ground_truth" / "bad" / "000.png")
-    # Batches of one: anomalib cannot stack images of several sizes before they are resized.
     model = tiny_model()
-    train(pictures, model, train_batch_size=1, eval_batch_size=1)
+    train(pictures, model)
     engine = Engine(default_root_dir=pictures.parent / "predicted", accelerator="cpu")
     (batch,) = engine.predict(model, dataset=PredictDataset(pictures / "test" / "bad" / "000.png"))
     assert torch.isfinite(batch.pred_score).all()
