@@ -186,6 +186,7 @@ def test_half_precision_and_autocast_predict_in_float32() -> None:
         ({"backbone": "local-dir:/nowhere"}, "'/nowhere' must hold timm's config.json"),
         ({"backbone": None}, "backbone is None, expected the name of a timm model"),
         ({"backbone": "deit_tiny_patch16_224", "layers": ["blocks.2"]}, "take a CNN or a vit_"),
+        ({"backbone": "swin_tiny_patch4_window7_224", "layers": ["layers.1"]}, "does not give maps .* at layers.1"),
         ({"layers": ["layer2", "layer9"]}, "layer9 not found in backbone 'resnet18', which has act1, layer1, layer2"),
         ({"backbone": TwoStages(), "layers": ["middle"]}, "middle not found in backbone 'TwoStages', which has early"),
         ({"layers": []}, "layers is .*at least one layer"),
