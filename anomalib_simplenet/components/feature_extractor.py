@@ -71,7 +71,9 @@ class FeatureExtractor(nn.Module):
         # 224 is a multiple of every common ViT patch size and of every CNN stride.
         maps = list(self._extract(torch.zeros(1, 3, 224, 224)).values())
         if any(feature.ndim != 4 or feature.shape[-2] != feature.shape[-1] for feature in maps):
-            msg = f"backbone {backbone!r} does not give maps (N, C, h, w) at {', '.join(layers)}: take a CNN or a vit_*."
+            msg = (
+                f"backbone {backbone!r} does not give maps (N, C, h, w) at {', '.join(layers)}: take a CNN or a vit_*."
+            )
             raise ValueError(msg)
         self.channels = [feature.shape[1] for feature in maps]
         self.stride = max(round(224 / feature.shape[-1]) for feature in maps)

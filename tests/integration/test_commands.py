@@ -91,7 +91,7 @@ def test_validate_and_test_from_the_checkpoint(workshop: Workshop) -> None:
     workshop.from_checkpoint("validate", *workshop.data, "--trainer.limit_val_batches", "1")
     cli = workshop.from_checkpoint("test", *workshop.data, "--trainer.limit_test_batches", "1")
     assert "image_AUROC" in cli.engine.trainer.callback_metrics
-    assert list((workshop.folder / "results").rglob("images/*/*.png"))
+    assert list((workshop.folder / "results").rglob("images/**/*.png"))
 
 
 def test_train_goes_on_from_the_checkpoint_and_tests(workshop: Workshop) -> None:
