@@ -135,7 +135,7 @@ SimpleNet on {tested} test photographs of solar cells: image AUROC {figures["ima
   OpenVINO    {exported}
   pictures    {run_folder / "images"}
 Next, on your own images:
-  anomalib predict --model SimpleNet --ckpt_path {checkpoint} --data FOLDER""")
+  anomalib predict --model SimpleNet --model.pre_trained false --ckpt_path {checkpoint} --data FOLDER""")
 
 
 def _say(step: str) -> None:
