@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from traceback import walk_stack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from anomalib import LearningType, TaskType
@@ -29,6 +29,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from tqdm.auto import tqdm
 
 from .export import exportable_transform, keep_float32, prepend_resize, split_resize
+from .feature_cache import DTYPES, CachedBatch, FeatureCache, make_feature_cache
 from .loss import TruncatedL1Loss
 from .registry import register
 from .torch_model import SimpleNetModel
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 PAPER_EPOCHS = 160  # 40 meta-epochs of 4 passes
 _NEVER = sys.maxsize
-_NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise"}
+_NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise", "patch_fraction"}
 
 
 @register
@@ -70,6 +71,16 @@ class SimpleNet(AnomalibModule):
         whiten (bool): Whether to whiten embeddings with the covariance of the training set's, taken in one more pass
             over it before training. Makes ``noise_std`` a share of their deviation, whatever the backbone. Not in the
             paper. Defaults to ``False``.
+        patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on.
+            Defaults to ``1.0``, all.
+        feature_cache (bool | str): Whether to keep the backbone's feature maps of the training images in the main
+            memory, so that after the first epoch training needs neither images nor backbone. ``"auto"`` does so unless
+            images may change from epoch to epoch or the maps do not fit, and logs why not; ``True`` raises in these
+            cases. Defaults to ``"auto"``.
+        feature_cache_memory (float | None): GiB that the maps may take; ``None`` for half of what is free.
+            Defaults to ``None``.
+        feature_cache_dtype (str): ``"float16"``, or ``"float32"`` to train exactly as without the cache.
+            Defaults to ``"float16"``.
         margin (float): Discriminator scores beyond it cost nothing. Defaults to ``0.5``.
         adapter_lr (float): Learning rate of the adapter. Defaults to ``1e-4``.
         discriminator_lr (float): Learning rate of the discriminator. Defaults to ``2e-4``.
@@ -107,6 +118,10 @@ class SimpleNet(AnomalibModule):
         noise_std: float = 0.015,
         mix_noise: int = 1,
         whiten: bool = False,
+        patch_fraction: float = 1.0,
+        feature_cache: bool | Literal["auto"] = "auto",
+        feature_cache_memory: float | None = None,
+        feature_cache_dtype: Literal["float16", "float32"] = "float16",
         margin: float = 0.5,
         adapter_lr: float = 1e-4,
         discriminator_lr: float = 2e-4,
@@ -124,6 +139,19 @@ class SimpleNet(AnomalibModule):
         if not discriminator_weight_decay >= 0:
             msg = f"discriminator_weight_decay is {discriminator_weight_decay}, expected 0 or more."
             raise ValueError(msg)
+        if feature_cache not in {True, False, "auto"}:
+            msg = f"feature_cache is {feature_cache!r}, expected True, False or 'auto'."
+            raise ValueError(msg)
+        if feature_cache_memory is not None and not feature_cache_memory > 0:
+            msg = f"feature_cache_memory is {feature_cache_memory}, expected GiB above 0, or None for half of the free."
+            raise ValueError(msg)
+        if feature_cache_dtype not in DTYPES:
+            msg = f"feature_cache_dtype is {feature_cache_dtype!r}, expected one of {', '.join(DTYPES)}."
+            raise ValueError(msg)
+        self.feature_cache = feature_cache
+        self.feature_cache_memory = feature_cache_memory
+        self.feature_cache_dtype = DTYPES[feature_cache_dtype]
+        self._cache: FeatureCache | None = None
         self.adapter_lr = adapter_lr
         self.discriminator_lr = discriminator_lr
         self.discriminator_weight_decay = discriminator_weight_decay
@@ -141,28 +169,35 @@ class SimpleNet(AnomalibModule):
             noise_std=noise_std,
             mix_noise=mix_noise,
             whiten=whiten,
+            patch_fraction=patch_fraction,
         )
         self._match_export_to_training()
         self._check_image_size()
 
-    def training_step(self, batch: Batch, *_args, **_kwargs) -> torch.Tensor:
+    def training_step(self, batch: Batch | CachedBatch, *_args, **_kwargs) -> torch.Tensor:
         """Loss of one batch; logs it with the shares of real and fake scores beyond the margin (authors' p_true/fake).
 
         Args:
-            batch (Batch): Normal images.
+            batch (Batch | CachedBatch): Normal images.
 
         Returns:
             torch.Tensor: Truncated L1 loss, scalar.
         """
-        real, fake = self.model(batch.image)
+        features = self._features(batch)
+        real, fake = self.model.discriminate(features)
         loss = self.loss(real, fake)
         figures = {
             "train_loss": loss,
             "p_true": (real >= self.loss.margin).float().mean(),
             "p_fake": (fake < -self.loss.margin).float().mean(),
         }
-        self.log_dict(figures, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        self.log_dict(figures, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(features[0]))
         return loss
+
+    def _features(self, batch: Batch | CachedBatch) -> list[torch.Tensor]:
+        if self._cache is None:
+            return self.model.extract(batch.image)
+        return self._cache.features(batch, self.model.extract)
 
     def validation_step(self, batch: Batch, *_args, **_kwargs) -> Batch:
         """Predict one batch, for anomalib's thresholds and metrics."""
@@ -202,9 +237,16 @@ class SimpleNet(AnomalibModule):
             trainer.fit_loop.max_epochs = PAPER_EPOCHS
 
     def on_fit_start(self) -> None:
-        """Decide when to validate: by default after the last batch of training only."""
+        """Decide when to validate, by default after the last batch of training only, and whether to keep features."""
         self.train()
         trainer = self.trainer
+        self._cache = make_feature_cache(
+            trainer,
+            getattr(self.pre_processor, "transform", None),
+            self.feature_cache,
+            self.feature_cache_dtype,
+            self.feature_cache_memory,
+        )
         self._validate_last = (
             trainer.check_val_every_n_epoch == 1
             and trainer.val_check_interval == 1.0
@@ -216,12 +258,12 @@ class SimpleNet(AnomalibModule):
         whitening = self.model.whitening
         if whitening is None or whitening.fitted:
             return
-        moments = whitening.moments(self._training_patches())
+        moments = whitening.moments(self._training_embeddings())
         if self.trainer.world_size > 1:
             moments = self.trainer.strategy.reduce(moments.to(self.device), reduce_op="sum").cpu()
         whitening.fit(moments)
 
-    def _training_patches(self) -> Iterator[torch.Tensor]:
+    def _training_embeddings(self) -> Iterator[torch.Tensor]:
         trainer = self.trainer
         batches = islice(trainer.train_dataloader, trainer.num_training_batches)
         for index, batch in enumerate(
@@ -230,10 +272,12 @@ class SimpleNet(AnomalibModule):
             on_device = trainer.strategy.batch_to_device(batch)
             if isinstance(self.pre_processor, PreProcessor):
                 self.pre_processor.on_train_batch_start(trainer, self, on_device, index)
-            yield self.model.patches(on_device.image)
+            yield self.model.patch_aggregation(self._features(on_device))
 
     def on_train_epoch_start(self) -> None:
-        """Hold validation back."""
+        """Hold validation back, and let workers go that have nothing left to read."""
+        if self._cache is not None and self._cache.complete:
+            self.trainer.train_dataloader.num_workers = 0
         if self._validate_last:
             self.trainer.check_val_every_n_epoch = _NEVER
 
@@ -252,6 +296,10 @@ class SimpleNet(AnomalibModule):
         if self._validate_last:
             self.trainer.check_val_every_n_epoch = 1
 
+    def on_fit_end(self) -> None:
+        """Free the feature maps."""
+        self._cache = None
+
     def on_validation_epoch_start(self) -> None:
         """Score with the weights of now: callbacks that average weights swap them after eval mode was entered."""
         self.model.fuse()
@@ -259,7 +307,7 @@ class SimpleNet(AnomalibModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint load without network and on other machines: it holds the backbone's weights."""
         super().on_save_checkpoint(checkpoint)
-        backbone = self.hparams["backbone"]
+        backbone = self.hparams.get("backbone")  # Lightning drops what cannot be pickled
         if not isinstance(backbone, str) or backbone.startswith("local-dir:"):
             backbone = self.model.feature_extractor.architecture
         checkpoint["hyper_parameters"] |= {"backbone": backbone, "pre_trained": False}

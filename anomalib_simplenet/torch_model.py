@@ -16,6 +16,7 @@ from .components import (
     PatchAggregation,
     Whitening,
 )
+from .components.patch_aggregation import project
 
 
 class SimpleNetModel(nn.Module):
@@ -38,6 +39,8 @@ class SimpleNetModel(nn.Module):
         mix_noise (int): Number of noise scales, ``noise_std * 1.1**k``. Defaults to ``1``.
         whiten (bool): Whether to whiten embeddings with the covariance of normal ones, which makes ``noise_std`` a
             share of their deviation. Not in the paper. Defaults to ``False``.
+        patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on.
+            Defaults to ``1.0``, all.
 
     Attributes:
         feature_extractor (FeatureExtractor): Frozen backbone.
@@ -71,8 +74,13 @@ class SimpleNetModel(nn.Module):
         noise_std: float = 0.015,
         mix_noise: int = 1,
         whiten: bool = False,
+        patch_fraction: float = 1.0,
     ) -> None:
         super().__init__()
+        if not 0 < patch_fraction <= 1:
+            msg = f"patch_fraction is {patch_fraction}, expected a number above 0, up to 1 (all patches)."
+            raise ValueError(msg)
+        self.patch_fraction = patch_fraction
         self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained)
         channels = self.feature_extractor.channels
         dimension = sum(channels) if target_embed_dimension is None else target_embed_dimension
@@ -96,8 +104,15 @@ class SimpleNetModel(nn.Module):
         if self.training:
             self.fused_head = None
             return
-        linear = [*([self.whitening] if self.whitening else []), *self.adapter]
-        self.fused_head = FusedHead(linear, self.discriminator, self.patch_aggregation.segments).eval()
+        self.fused_head = FusedHead(self._linear(), self.discriminator, self.patch_aggregation.segments).eval()
+
+    def _linear(self) -> list[nn.Linear]:
+        """What stands between embedding and discriminator."""
+        return [*([self.whitening] if self.whitening else []), *self.adapter]
+
+    def extract(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Extract the backbone's maps from images ``(N, 3, H, W)``: for each layer ``(N, C, h, w)``."""
+        return list(self.feature_extractor(images).values())
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Embed the patches of images.
@@ -108,11 +123,42 @@ class SimpleNetModel(nn.Module):
         Returns:
             torch.Tensor: Embeddings of shape ``(N, target_embed_dimension, h, w)``, on the grid of the first layer.
         """
-        return self.patch_aggregation(list(self.feature_extractor(images).values()))
+        return self.patch_aggregation(self.extract(images))
 
-    def patches(self, images: torch.Tensor) -> torch.Tensor:
-        """Embed the patches of images (:meth:`embed`) as rows, of shape ``(N * h * w, target_embed_dimension)``."""
-        return self.embed(images).permute(0, 2, 3, 1).flatten(0, 2)
+    def discriminate(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score real and fake patches, to train on.
+
+        With ``W`` the discriminator's first layer and ``A`` the adapter, ``W (A x + noise) = (W A) x + W noise``: one
+        product for all linear layers, on each layer's own grid, and one for the noise.
+
+        Args:
+            features (Sequence[torch.Tensor]): Feature maps of normal images (:meth:`extract`).
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: The discriminator's scores of the adapted patches and of the same with
+            noise, ``(N * h * w,)`` each, or as many as ``patch_fraction`` leaves.
+        """
+        first = self.discriminator.first
+        weight, bias = _compose([*self._linear(), first])
+        if self.patch_fraction < 1:
+            hidden = nn.functional.linear(self._some_patches(features), weight, bias)
+        else:
+            weights = [weight[:, segment, None, None] for segment in self.patch_aggregation.segments]
+            grid = project(self.patch_aggregation.pool(features), weights, bias)
+            hidden = grid.permute(0, 2, 3, 1).flatten(0, 2)
+        noise = self.anomaly_generator(hidden.new_zeros(()).expand(len(hidden), first.in_features))
+        noisy = hidden + nn.functional.linear(noise, first.weight)
+        # In one batch: batch norm sees real and fake patches together, as in the authors' code.
+        real, fake = self.discriminator.after_first(torch.cat([hidden, noisy])).chunk(2)
+        return real, fake
+
+    def _some_patches(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        embedding = self.patch_aggregation(features)
+        images, _, _, width = embedding.shape
+        total = images * embedding.shape[2:].numel()
+        chosen = torch.randperm(total, device=embedding.device)[: max(1, round(self.patch_fraction * total))]
+        place = chosen // images
+        return embedding[chosen % images, :, place // width, place % width]
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | InferenceBatch:
         """Score images, or in training mode real and fake patches.
@@ -121,24 +167,29 @@ class SimpleNetModel(nn.Module):
             images (torch.Tensor): Normalised images of shape ``(N, 3, H, W)``.
 
         Returns:
-            tuple[torch.Tensor, torch.Tensor] | InferenceBatch: In training mode the discriminator's scores of the
-            adapted patches and of the same with noise, ``(N * h * w,)`` each. In eval mode, unbounded and higher for
-            more anomalous: ``pred_score`` ``(N,)``, the highest score of any patch, and ``anomaly_map``
-            ``(N, 1, H, W)``, the patches' scores resized and smoothed.
+            tuple[torch.Tensor, torch.Tensor] | InferenceBatch: In training mode what :meth:`discriminate` gives. In
+            eval mode, unbounded and higher for more anomalous: ``pred_score`` ``(N,)``, the highest score of any patch,
+            and ``anomaly_map`` ``(N, 1, H, W)``, the patches' scores resized and smoothed.
         """
+        features = self.extract(images)
         if self.training:
-            patches = self.patches(images)
-            real = self.adapter(self.whitening(patches) if self.whitening else patches)
-            # In one batch: batch norm sees real and fake patches together, as in the authors' code.
-            scores = self.discriminator(torch.cat([real, self.anomaly_generator(real)]))
-            return scores[: len(real)], scores[len(real) :]
+            return self.discriminate(features)
 
-        pooled = self.patch_aggregation.pool(list(self.feature_extractor(images).values()))
+        pooled = self.patch_aggregation.pool(features)
         patch_scores = -self.fused_head(pooled).float()  # type: ignore[misc]  # never None in eval mode
         return InferenceBatch(
             pred_score=patch_scores.amax(dim=(1, 2, 3)),
             anomaly_map=self.anomaly_map_generator(patch_scores, images.shape[-2:]),
         )
+
+
+def _compose(layers: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of consecutive linear layers as one."""
+    weight, bias = layers[0].weight, layers[0].bias
+    for layer in layers[1:]:
+        weight = layer.weight @ weight
+        bias = nn.functional.linear(bias, layer.weight, layer.bias)
+    return weight, bias
 
 
 def _fuse_after_loading(model: SimpleNetModel, _incompatible_keys: object) -> None:

@@ -40,7 +40,8 @@ class AnomalyGenerator(nn.Module):
         if not self.training:
             return embedding
         noise = torch.randn_like(embedding)
-        if self.mix_noise == 1:
-            return embedding + self.noise_std * noise
-        scale = torch.randint(self.mix_noise, (len(embedding), 1), device=embedding.device)
-        return embedding + self.noise_std * 1.1 ** scale.to(noise.dtype) * noise
+        scale = self.noise_std
+        if self.mix_noise > 1:
+            steps = torch.randint(self.mix_noise, (len(embedding), 1), device=embedding.device)
+            scale = scale * 1.1 ** steps.to(noise.dtype)
+        return noise.mul_(scale).add_(embedding)

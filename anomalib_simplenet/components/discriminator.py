@@ -42,7 +42,8 @@ class Discriminator(nn.Module):
                     "a layer would be empty. Take fewer, or give discriminator_hidden."
                 )
                 raise ValueError(msg)
-            block = (nn.Linear(dimension, width), nn.BatchNorm1d(width), nn.LeakyReLU(self.NEGATIVE_SLOPE))
+            activation = nn.LeakyReLU(self.NEGATIVE_SLOPE, inplace=True)
+            block = (nn.Linear(dimension, width), nn.BatchNorm1d(width), activation)
             self.body.append(nn.Sequential(*block))
             dimension = width
         self.tail = nn.Linear(dimension, 1, bias=False)
@@ -59,4 +60,15 @@ class Discriminator(nn.Module):
         Returns:
             torch.Tensor: Scores of shape ``(patches,)``, unbounded.
         """
-        return self.tail(self.body(embedding)).squeeze(1)
+        return self.after_first(self.first(embedding))
+
+    @property
+    def first(self) -> nn.Linear:
+        """The first linear layer."""
+        return self.body[0][0] if len(self.body) else self.tail
+
+    def after_first(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Score patches from what :attr:`first` makes of them, ``(patches, width)``; shape ``(patches,)``."""
+        if len(self.body):
+            hidden = self.tail(self.body[1:](self.body[0][1:](hidden)))
+        return hidden.squeeze(1)

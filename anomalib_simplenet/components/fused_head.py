@@ -7,15 +7,15 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from .discriminator import Discriminator
-from .traceable import leaky_relu, resize
+from .patch_aggregation import project
+from .traceable import leaky_relu
 
 
 class FusedHead(nn.Module):
     """Whitening, adapter and discriminator in eval mode, folded together; a frozen copy without parameters or state.
 
-    Between two activations, linear layers and batch norm are one affine map ``W x + b``. The first of them is split by
-    layer and applied to each layer's part of the embedding on that layer's own, coarser grid: it commutes with
-    the bilinear resize, so ``W [x1; up(x2)] + b = W1 x1 + up(W2 x2) + b``.
+    Between two activations, linear layers and batch norm are one affine map ``W x + b``. The first of them is applied
+    to each layer on its own grid (:func:`project`).
 
     Args:
         linear (Sequence[nn.Linear]): What stands before the discriminator: whitening and adapter.
@@ -45,14 +45,7 @@ class FusedHead(nn.Module):
         Returns:
             torch.Tensor: Scores of shape ``(N, 1, h, w)`` on the grid of the first layer; high for normal patches.
         """
-        grid = pooled[0].shape[-2:]
-        parts = []
-        for index, part in enumerate(pooled):
-            weight, bias = getattr(self, f"weight_0_{index}"), self.bias_0 if index == 0 else None
-            parts.append(resize(F.conv2d(part, weight, bias), grid))
-        # Not a plain sum: OpenVINO fuses that into the convolution, which then fails in float32 where the processor
-        # knows bfloat16.
-        scores = torch.cat(parts, dim=1).unflatten(1, (len(parts), -1)).sum(dim=1)
+        scores = project(pooled, [getattr(self, f"weight_0_{part}") for part in range(self.parts)], self.bias_0)
         for index in range(1, self.depth):
             scores = leaky_relu(scores, Discriminator.NEGATIVE_SLOPE)
             scores = F.conv2d(scores, getattr(self, f"weight_{index}_0"), getattr(self, f"bias_{index}"))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from .traceable import resize
+from .traceable import add, resize
 
 
 class PatchAggregation(nn.Module):
@@ -100,6 +100,25 @@ class PatchAggregation(nn.Module):
         # A window reaches over the border between two layers: F.pad puts each contribution in its place.
         places = [(0, 0, 0, 0, segment.start, self.dimension - segment.stop) for segment in self.segments]
         return torch.stack([F.pad(part, place) for part, place in zip(pooled, places, strict=True)]).sum(dim=0)
+
+
+def project(pooled: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+    """Apply a linear map of the embedding to each layer on its own grid, coarser for deeper layers.
+
+    The map commutes with the bilinear resize, so ``W [x1; up(x2)] + b = W1 x1 + up(W2 x2) + b``.
+
+    Args:
+        pooled (Sequence[torch.Tensor]): What :meth:`PatchAggregation.pool` gives.
+        weights (Sequence[torch.Tensor]): Each layer's columns of ``W``, :attr:`PatchAggregation.segments`, of shape
+            ``(out, size of the segment, 1, 1)``.
+        bias (torch.Tensor | None): ``b``, of shape ``(out,)``.
+
+    Returns:
+        torch.Tensor: Of shape ``(N, out, h, w)`` on the grid of the first layer.
+    """
+    biases = [bias, *[None] * len(pooled)]
+    parts = [F.conv2d(part, weight, b) for part, weight, b in zip(pooled, weights, biases, strict=False)]
+    return add([resize(part, parts[0].shape[-2:]) for part in parts])
 
 
 def _pooling_windows(size: int, out: int) -> list[tuple[int, int]]:

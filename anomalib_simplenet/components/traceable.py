@@ -5,6 +5,8 @@ OpenVINO computes in bfloat16 where the processor can, but for operations marked
 of the graph; matrix products, sums and absolute values keep it. So the latter are used while a graph is being traced.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F  # noqa: N812
 
@@ -32,6 +34,14 @@ def resize_by_product(image: torch.Tensor, size: tuple[int, int] | torch.Size) -
     columns = _resize_matrix(image.shape[-1], size[1], image)
     # Of four dimensions each, or OpenVINO rewrites the products.
     return rows[None, None] @ (image @ columns.mT[None, None])
+
+
+def add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Add maps of one shape, ``(N, C, H, W)``."""
+    if torch.compiler.is_compiling():
+        # OpenVINO fuses a plain sum into a convolution, which then fails in float32 where the processor knows bfloat16.
+        return torch.cat(list(parts), dim=1).unflatten(1, (len(parts), -1)).sum(dim=1)
+    return sum(parts[1:], parts[0])
 
 
 def leaky_relu(features: torch.Tensor, negative_slope: float) -> torch.Tensor:

@@ -28,18 +28,19 @@ class Whitening(nn.Linear):
         self.fitted: torch.Tensor
         self.register_buffer("fitted", torch.tensor(False))
 
-    def moments(self, patches: Iterable[torch.Tensor]) -> torch.Tensor:
+    def moments(self, embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
         """Count, sum and second moments of patches; those of several sets add up.
 
         Args:
-            patches (Iterable[torch.Tensor]): Batches of embeddings, ``(patches, dimension)`` each.
+            embeddings (Iterable[torch.Tensor]): Of batches, of shape ``(N, dimension, h, w)`` each.
 
         Returns:
             torch.Tensor: Sum over patches ``x`` of the outer product of ``[1, x]`` with itself, in double precision.
         """
         moments = torch.zeros(self.in_features + 1, self.in_features + 1, dtype=torch.float64)
-        for batch in patches:
-            extended = nn.functional.pad(batch.float(), (1, 0), value=1.0)
+        for embedding in embeddings:
+            patches = embedding.float().permute(0, 2, 3, 1).flatten(0, 2)
+            extended = nn.functional.pad(patches, (1, 0), value=1.0)
             moments += (extended.T @ extended).cpu()
         return moments
 

@@ -118,8 +118,8 @@ def test_whitening_is_that_of_the_training_images_and_kept_on_resuming(pictures:
     model = tiny_model(whiten=True)
     _, engine, _ = fit(pictures, model, max_epochs=1)
     transform = model.pre_processor.transform
-    patches = torch.cat([model.model.patches(transform(item.image[None])) for item in folder_train(pictures)])
-    white = model.model.whitening(patches)
+    maps = torch.cat([model.model.embed(transform(item.image[None])) for item in folder_train(pictures)])
+    white = model.model.whitening(maps.permute(0, 2, 3, 1).flatten(0, 2))
     torch.testing.assert_close(white.mean(dim=0), torch.zeros(16), atol=1e-3, rtol=0)
     kept = model.model.whitening.weight.clone()
     resumed = tiny_model(whiten=True)
@@ -147,7 +147,7 @@ def test_training_step_returns_the_loss_of_its_scores() -> None:
     model.log_dict = lambda figures, **_: logged.update(figures)
     logged: dict = {}
     real, fake = torch.tensor([1.0, 0.2, -1.0, 0.6]), torch.tensor([-1.0, 0.0, 1.0, -0.2])
-    model.model.forward = lambda _images: (real, fake)
+    model.model.discriminate = lambda _features: (real, fake)
 
     class OneBatch:
         image = torch.zeros(1, 3, 8, 8)

@@ -72,7 +72,8 @@ def test_whitening_gives_mean_zero_and_covariance_one_from_several_batches() -> 
     patches = torch.randn(5000, 6) @ torch.randn(6, 6) + torch.randn(6)
     whitening = Whitening(6)
     assert not whitening.fitted
-    whitening.fit(whitening.moments(patches[:2000].split(300)) + whitening.moments([patches[2000:]]))
+    first, last = patches.T.reshape(1, 6, 100, 50).split([40, 60], dim=2)
+    whitening.fit(whitening.moments(first.split(3, dim=3)) + whitening.moments([last]))
     assert whitening.fitted
     white = whitening(patches)
     torch.testing.assert_close(white.mean(dim=0), torch.zeros(6), atol=1e-3, rtol=0)

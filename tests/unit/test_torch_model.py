@@ -43,34 +43,73 @@ def train_a_little(model: SimpleNetModel, images: torch.Tensor) -> None:
         optimizer.step()
 
 
+def rows(embedding: torch.Tensor) -> torch.Tensor:
+    return embedding.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 def plain_scores(model: SimpleNetModel, images: torch.Tensor) -> torch.Tensor:
     """Scores of patches without fusing anything, ``(N, h * w)``."""
-    patches = model.patches(images)
+    patches = rows(model.embed(images))
     white = model.whitening(patches) if model.whitening else patches
     return -model.discriminator(model.adapter(white)).reshape(len(images), -1)
 
 
+CONFIGURATIONS = {
+    "adapter_layers": st.integers(0, 2),
+    "discriminator_layers": st.integers(1, 3),
+    "discriminator_hidden": st.sampled_from([None, 8]),
+    "target_embed_dimension": st.sampled_from([None, 12, 23, 48, 70]),
+    "layers": st.sampled_from([("early",), ("early", "late"), ("late", "early")]),
+    "whiten": st.booleans(),
+}
+
+
 @settings(max_examples=20, deadline=None)
-@given(
-    adapter_layers=st.integers(0, 2),
-    discriminator_layers=st.integers(1, 3),
-    discriminator_hidden=st.sampled_from([None, 8]),
-    target_embed_dimension=st.sampled_from([None, 5, 23, 48, 70]),
-    layers=st.sampled_from([("early",), ("early", "late"), ("late", "early")]),
-    whiten=st.booleans(),
-)
+@given(**CONFIGURATIONS)
 def test_fused_eval_equals_the_plain_path(**arguments: object) -> None:
-    if arguments["discriminator_hidden"] is None and arguments["target_embed_dimension"] == 5:
-        arguments["target_embed_dimension"] = 12
     model, images = make(TwoStages(), **arguments), torch.randn(2, 3, 32, 48)
     if model.whitening:
-        model.whitening.fit(model.whitening.moments([model.patches(torch.randn(4, 3, 32, 48))]))
+        model.whitening.fit(model.whitening.moments([model.embed(torch.randn(4, 3, 32, 48))]))
     train_a_little(model, images)
     model.eval()
     with torch.no_grad():
         expected = plain_scores(model, images).amax(dim=1)
         torch.testing.assert_close(model(images).pred_score, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(deepcopy(model)(images).pred_score, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(**CONFIGURATIONS)
+def test_training_step_equals_the_plain_path(**arguments: object) -> None:
+    model, images = make(TwoStages(), **arguments), torch.randn(2, 3, 32, 48)
+    if model.whitening:
+        model.whitening.fit(model.whitening.moments([model.embed(torch.randn(4, 3, 32, 48))]))
+    plain = deepcopy(model)
+    torch.manual_seed(1)
+    real, fake = model(images)
+    torch.manual_seed(1)
+    patches = rows(plain.embed(images))
+    adapted = plain.adapter(plain.whitening(patches) if plain.whitening else patches)
+    expected = plain.discriminator(torch.cat([adapted, plain.anomaly_generator(adapted)]))
+    torch.testing.assert_close(torch.cat([real, fake]), expected, rtol=1e-4, atol=1e-4)
+    (fake.square().mean() - real.mean()).backward()
+    expected_real, expected_fake = expected.chunk(2)
+    (expected_fake.square().mean() - expected_real.mean()).backward()
+    for (name, value), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if value.requires_grad:
+            assert (value.grad - other.grad).abs().max() <= 1e-4 * (1 + other.grad.abs().max()), name
+    for name, value in model.discriminator.named_buffers():  # batch norm
+        torch.testing.assert_close(value, plain.discriminator.get_buffer(name), rtol=1e-4, atol=1e-5)
+
+
+def test_patch_fraction_trains_on_so_many_different_patches() -> None:
+    model, images = make(TwoStages(), layers=("early", "late"), patch_fraction=0.3), torch.randn(3, 3, 32, 48)
+    everything = rows(model.embed(images))
+    some = model._some_patches(model.extract(images))
+    found = (some[:, None] == everything).all(dim=2).nonzero()[:, 1]
+    assert len(some) == len(set(found.tolist())) == round(0.3 * 3 * 8 * 12)
+    real, fake = model(images)
+    assert real.shape == fake.shape == (len(some),)
 
 
 def test_fused_head_follows_loading_and_training_and_is_no_part_of_the_state() -> None:

@@ -1,0 +1,230 @@
+"""Feature maps of the training images, kept from the first time that each is seen."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from anomalib.data import AnomalibDataset
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.transforms import v2
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_SHARE_OF_FREE_MEMORY = 0.5
+_SAME_EACH_TIME = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.ToDtype, v2.ToImage, v2.Grayscale, v2.RGB)
+
+
+@dataclass
+class CachedBatch:
+    """Training images by their place in the data set; those not in the cache, when this was loaded, come along.
+
+    Attributes:
+        index (list[int]): Places in the data set, N.
+        unseen (list[int]): Which of the N come along, K.
+        image (torch.Tensor | None): These images, of shape ``(K, 3, H, W)``.
+        gt_mask (torch.Tensor | None): Their masks, which anomalib's pre-processor asks for.
+    """
+
+    index: list[int]
+    unseen: list[int]
+    image: torch.Tensor | None = None
+    gt_mask: torch.Tensor | None = None
+
+
+class FeatureCache:
+    """Feature maps of a data set, so that a frozen backbone sees each image once.
+
+    Filled as batches come, in any order, so it needs no pass of its own and is right whichever images a sampler deals
+    to this process. Maps are kept as the backbone gives them, each layer on its own grid, in the main memory.
+
+    Args:
+        loader (DataLoader): Of the training images.
+        dtype (torch.dtype): To keep maps in. One that holds no larger numbers than the maps have gives way to float32.
+        memory (int): Bytes that the maps may take.
+        required (bool): Whether to raise where they do not fit, rather than to keep none.
+
+    Attributes:
+        loader (DataLoader): The same, giving :class:`CachedBatch`.
+    """
+
+    def __init__(self, loader: DataLoader, dtype: torch.dtype, memory: int, required: bool) -> None:
+        self.dtype, self.memory, self.required = dtype, memory, required
+        self.size = len(loader.dataset)
+        self.maps: list[torch.Tensor] = []
+        self.too_large = False
+        # Shared, so that workers, which live for an epoch or longer, know what they need not read.
+        self.seen = torch.zeros(self.size, dtype=torch.bool).share_memory_()
+        self.loader = copy.copy(loader)
+        # A data loader refuses to have these changed.
+        vars(self.loader).update(dataset=_Indexed(loader.dataset, self.seen), collate_fn=_Collate(loader.collate_fn))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image is in it."""
+        return bool(self.seen.all())
+
+    def features(self, batch: CachedBatch, extract: Callable[[torch.Tensor], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """Feature maps of a batch, extracted where the cache has none.
+
+        Args:
+            batch (CachedBatch): Of :attr:`loader`; its images pre-processed.
+            extract (Callable): The backbone; maps of each layer from images ``(K, 3, H, W)``.
+
+        Returns:
+            list[torch.Tensor]: For each layer ``(N, C, h, w)``.
+
+        Raises:
+            ValueError: If the maps do not fit the memory and are required to.
+        """
+        index = torch.tensor(batch.index)
+        new = [row for row, position in enumerate(batch.unseen) if not self.seen[index[position]]]
+        if new and batch.image is not None:
+            maps = extract(batch.image if len(new) == len(batch.image) else batch.image[new])
+            if not self.maps and not self.too_large:
+                self._allocate(maps)
+            if not self.maps:
+                return maps
+            self._keep(index[[batch.unseen[row] for row in new]], maps)
+        return [kept[index].to(self.device, self.computed_in, non_blocking=True) for kept in self.maps]
+
+    def _allocate(self, maps: list[torch.Tensor]) -> None:
+        self.device, self.computed_in = maps[0].device, maps[0].dtype
+        shapes = [(self.size, *feature.shape[1:]) for feature in maps]
+        need = sum(map(math.prod, shapes)) * self.dtype.itemsize
+        text = f"the feature maps of {self.size} training images take {_gib(need)} as {self.dtype}".replace(
+            "torch.", ""
+        )
+        if need > self.memory:
+            problem = (
+                f"{text}, more than the {_gib(self.memory)} that feature_cache_memory allows (by default half of the "
+                "free memory). Raise it, or take smaller images or fewer layers."
+            )
+            if self.required:
+                msg = f"feature_cache is True, but {problem} Or set feature_cache to auto or false."
+                raise ValueError(msg)
+            rank_zero_info(f"feature_cache is off: {problem}")
+            self.too_large = True
+            return
+        rank_zero_info(f"feature_cache: {text}; after the first epoch neither images nor backbone are needed.")
+        self.maps = [torch.empty(shape, dtype=self.dtype) for shape in shapes]
+
+    def _keep(self, index: torch.Tensor, maps: list[torch.Tensor]) -> None:
+        largest = max(float(feature.abs().max()) for feature in maps)
+        if torch.finfo(self.dtype).max < largest < math.inf:
+            self.dtype = torch.float32
+            self.maps = [kept.float() for kept in self.maps]
+        for kept, feature in zip(self.maps, maps, strict=True):
+            kept[index] = feature.to("cpu", self.dtype)
+        self.seen[index] = True
+
+
+def make_feature_cache(
+    trainer: Trainer,
+    transform: Any,  # noqa: ANN401
+    wish: bool | str,
+    dtype: torch.dtype,
+    memory: float | None,
+) -> FeatureCache | None:
+    """Put a cache between the trainer's training data and the model, unless there is a reason not to.
+
+    Args:
+        trainer (Trainer): About to fit.
+        transform (Any): The pre-processor's transform, or ``None``.
+        wish (bool | str): ``True``, ``False`` or ``"auto"``.
+        dtype (torch.dtype): To keep maps in.
+        memory (float | None): GiB that the maps may take; ``None`` for half of what is free, shared by the processes
+            of this machine.
+
+    Returns:
+        FeatureCache | None: ``None`` where there is a reason, with a line in the log.
+
+    Raises:
+        ValueError: If there is a reason, and ``wish`` is ``True``.
+    """
+    if wish is False:
+        return None
+    source = trainer.fit_loop._data_source  # noqa: SLF001
+    loader = source.dataloader()
+    reason = next(_reasons_against(trainer, loader, transform, wish), None)
+    if reason is not None:
+        if wish is True:
+            msg = f"feature_cache is True, but {reason}, or set feature_cache to auto or false."
+            raise ValueError(msg)
+        rank_zero_info(f"feature_cache is off: {reason}.")
+        return None
+    if memory is None:
+        budget = int(psutil.virtual_memory().available * _SHARE_OF_FREE_MEMORY) // trainer.num_devices
+    else:
+        budget = int(memory * 2**30)
+    cache = FeatureCache(loader, dtype, budget, required=wish is True)
+    source.instance = cache.loader
+    return cache
+
+
+def _reasons_against(trainer: Trainer, loader: Any, transform: Any, wish: bool | str) -> Iterator[str]:  # noqa: ANN401
+    """Why images need not be the same in every epoch, and what to change."""
+    if trainer.reload_dataloaders_every_n_epochs:
+        yield "the trainer reloads the training data: set reload_dataloaders_every_n_epochs to 0"
+    if not isinstance(loader, DataLoader):
+        yield f"the training data are no DataLoader but {type(loader).__name__}: give one"
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        yield "the DataLoader makes no batches of numbered images: give it a data set with places, and a batch size"
+    if not isinstance(loader.dataset, AnomalibDataset) and wish == "auto":
+        yield (
+            f"{type(loader.dataset).__name__} is no data set of anomalib's and may give other images in every epoch: "
+            "set feature_cache to true if it does not"
+        )
+    transforms = [*_flat(getattr(loader.dataset, "augmentations", None)), *_flat(transform)]
+    if random := [type(step).__name__ for step in transforms if not isinstance(step, _SAME_EACH_TIME)]:
+        yield f"{', '.join(random)} may change the training images in every epoch: leave it out"
+    if not any(isinstance(step, v2.CenterCrop) or _fixes_size(step) for step in transforms):
+        yield "images may differ in size: give the pre-processor a Resize to height and width"
+
+
+def _flat(transform: Any) -> Iterator[Any]:  # noqa: ANN401
+    if isinstance(transform, v2.Compose):
+        for step in transform.transforms:
+            yield from _flat(step)
+    elif transform is not None:
+        yield transform
+
+
+def _fixes_size(step: Any) -> bool:  # noqa: ANN401
+    return isinstance(step, v2.Resize) and isinstance(step.size, Sequence) and len(step.size) == 2
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2g} GiB"
+
+
+class _Indexed(Dataset):
+    """A data set that gives each item with its place, but none that was seen."""
+
+    def __init__(self, dataset: Dataset, seen: torch.Tensor) -> None:
+        self.dataset, self.seen = dataset, seen
+
+    def __len__(self) -> int:
+        return len(self.seen)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, None if self.seen[index] else self.dataset[index]
+
+
+class _Collate:
+    """Makes a :class:`CachedBatch` of what :class:`_Indexed` gives."""
+
+    def __init__(self, collate: Callable) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[tuple[int, Any]]) -> CachedBatch:
+        index, items = zip(*samples, strict=True)
+        unseen = [position for position, item in enumerate(items) if item is not None]
+        if not unseen:
+            return CachedBatch(list(index), unseen)
+        batch = self.collate([items[position] for position in unseen])
+        return CachedBatch(list(index), unseen, batch.image, batch.gt_mask)

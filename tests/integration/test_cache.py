@@ -1,0 +1,218 @@
+"""The cache of feature maps: the same training, without reading images or running the backbone again."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data import ImageItem
+from anomalib.engine import Engine
+from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.transforms import v2
+
+from anomalib_simplenet import SimpleNet
+
+from .conftest import folder_data, tiny_model
+
+
+class Watch(Callback):
+    """Losses of each step, and how many training images the backbone has seen in each."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.extracted: list[int] = []
+
+    def on_fit_start(self, _trainer: object, model: SimpleNet) -> None:
+        self.hook = model.model.feature_extractor.register_forward_pre_hook(
+            lambda _module, images: self.extracted.append(len(images[0])) if model.training else None
+        )
+
+    def on_train_batch_end(self, _trainer: object, _model: object, outputs: dict, *_args: object) -> None:
+        self.losses.append(outputs["loss"].item())
+
+    def on_train_end(self, *_args: object) -> None:
+        self.hook.remove()
+
+
+def fit(pictures: Path, data: dict | None = None, trainer: dict | None = None, **arguments: object) -> tuple:
+    seed_everything(5, verbose=False)
+    model = tiny_model(**{"layers": ["layer1", "layer2"], "adapter_layers": 1, **arguments})
+    watch = Watch()
+    settings = {"max_epochs": 3, "accelerator": "cpu", "default_root_dir": pictures.parent / "results"}
+    engine = Engine(callbacks=[watch], **{**settings, **(trainer or {})})
+    engine.fit(model, datamodule=folder_data(pictures, **(data or {})))
+    return watch, model, engine
+
+
+def head(model: SimpleNet) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in model.state_dict().items() if key.startswith("model.")}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"whiten": True, "patch_fraction": 0.3},
+        {"data": {"num_workers": 2}},
+        {"trainer": {"accumulate_grad_batches": 2}},
+        {"trainer": {"limit_train_batches": 2, "max_epochs": 4}},
+        {"trainer": {"precision": "bf16-mixed"}},
+    ],
+    ids=str,
+)
+def test_in_float32_the_training_is_that_without_cache(pictures: Path, settings: dict) -> None:
+    plain, plain_model, _ = fit(pictures, feature_cache=False, **settings)
+    cached, cached_model, _ = fit(pictures, feature_cache=True, feature_cache_dtype="float32", **settings)
+    assert sum(cached.extracted) < sum(plain.extracted)
+    assert len(plain.losses) == len(cached.losses) >= 6
+    torch.testing.assert_close(cached.losses, plain.losses, rtol=1e-6, atol=1e-6)
+    expected = head(plain_model)
+    for key, value in head(cached_model).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6)
+
+
+def test_each_image_is_read_and_extracted_once(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    data = folder_data(pictures)
+    data.setup()
+    kind = type(data.train_data)
+    original = kind.__getitem__
+    monkeypatch.setattr(kind, "__getitem__", lambda self, index: (read.append(index), original(self, index))[1])
+    watch, model, _ = fit(pictures, trainer={"limit_val_batches": 0})
+    assert sorted(read) == [0, 1, 2, 3, 4]
+    assert sum(watch.extracted) == 5
+    assert len(watch.losses) == 9
+    assert model._cache is None
+
+
+def test_half_precision_changes_the_training_little(pictures: Path) -> None:
+    plain, _, _ = fit(pictures, feature_cache=False)
+    half, _, _ = fit(pictures)
+    assert half.losses != plain.losses
+    torch.testing.assert_close(half.losses, plain.losses, rtol=1e-3, atol=1e-3)
+
+
+def test_maps_beyond_half_precision_are_kept_in_full(pictures: Path) -> None:
+    class Large(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 4, 3, stride=4, bias=False)
+            torch.nn.init.constant_(self.layer.weight, 1e5)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.layer(images)
+
+    plain, _, _ = fit(pictures, backbone=Large(), layers=["layer"], feature_cache=False)
+    cached, _, _ = fit(pictures, backbone=Large(), layers=["layer"])
+    assert cached.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_resuming_fills_it_again(pictures: Path) -> None:
+    _, _, engine = fit(pictures, feature_cache_dtype="float32", trainer={"max_epochs": 2})
+    resumed = tiny_model(layers=["layer1", "layer2"], adapter_layers=1, feature_cache_dtype="float32")
+    watch = Watch()
+    again = Engine(callbacks=[watch], max_epochs=3, accelerator="cpu", default_root_dir=pictures.parent / "again")
+    again.fit(resumed, datamodule=folder_data(pictures), ckpt_path=engine.trainer.checkpoint_callback.best_model_path)
+    assert len(watch.losses) == 3
+    assert sum(watch.extracted) == 5
+
+
+class Recoded(Dataset):
+    """Images from somewhere else than anomalib."""
+
+    def __init__(self, pictures: Path) -> None:
+        data = folder_data(pictures)
+        data.setup()
+        self.items = list(data.train_data)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        return self.items[index]
+
+
+class Stream(IterableDataset):
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[ImageItem]:
+        return iter(self.dataset[index] for index in range(len(self.dataset)))
+
+
+def loader(pictures: Path, kind: str) -> DataLoader:
+    data = folder_data(pictures)
+    data.setup()
+    if kind == "anomalib":
+        sampler = torch.utils.data.RandomSampler(data.train_data, replacement=True, num_samples=12)
+        return DataLoader(data.train_data, batch_size=2, collate_fn=data.train_data.collate_fn, sampler=sampler)
+    dataset = Recoded(pictures) if kind == "foreign" else Stream(Recoded(pictures))
+    return DataLoader(dataset, batch_size=2, collate_fn=data.train_data.collate_fn)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wish", "extracted"),
+    [
+        ("anomalib", "auto", "once"),
+        ("foreign", "auto", "always"),
+        ("foreign", True, "once"),
+        ("stream", "auto", "always"),
+    ],
+)
+def test_the_users_own_data_loaders(pictures: Path, kind: str, wish: bool | str, extracted: str) -> None:
+    seed_everything(0, verbose=False)
+    model, watch = tiny_model(feature_cache=wish), Watch()
+    own = loader(pictures, kind)
+    dataset, collate = own.dataset, own.collate_fn
+    engine = Engine(callbacks=[watch], max_epochs=3, accelerator="cpu", default_root_dir=pictures.parent / "r")
+    engine.fit(model, train_dataloaders=own)
+    assert (sum(watch.extracted) < 10) == (extracted == "once")  # a sampler may deal an image twice in a batch
+    assert (own.dataset, own.collate_fn) == (dataset, collate)
+
+
+FLIP = v2.RandomHorizontalFlip()
+REASONS = [
+    ({"data": {"train_augmentations": FLIP}}, "RandomHorizontalFlip may change the training images"),
+    (
+        {"pre_processor": v2.Compose([v2.Resize((64, 64)), v2.ColorJitter(0.5)])},
+        "ColorJitter may change the training images",
+    ),
+    ({"pre_processor": v2.Compose([v2.Normalize([0.5] * 3, [0.5] * 3)])}, "images may differ in size"),
+    ({"trainer": {"reload_dataloaders_every_n_epochs": 1}}, "set reload_dataloaders_every_n_epochs to 0"),
+    ({"feature_cache_memory": 1e-4}, r"5 training images take .* GiB as float16, more than .* feature_cache_memory"),
+]
+
+
+@pytest.mark.parametrize(("settings", "reason"), REASONS, ids=[reason for _, reason in REASONS])
+def test_where_images_may_change_or_maps_do_not_fit_auto_is_off_and_true_raises(
+    pictures: Path, settings: dict, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from anomalib.pre_processing import PreProcessor
+
+    if "pre_processor" in settings:
+        settings = {**settings, "pre_processor": PreProcessor(transform=settings["pre_processor"])}
+    with caplog.at_level(logging.INFO):
+        watch, _, _ = fit(pictures, **settings)
+    assert sum(watch.extracted) == 15
+    off = [record.message for record in caplog.records if "feature_cache is off" in record.message]
+    assert len(off) == 1
+    with pytest.raises(ValueError, match=f"feature_cache is True, but .*{reason}.*feature_cache to auto or false"):
+        fit(pictures, feature_cache=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"feature_cache": "yes"}, "feature_cache is 'yes', expected True, False or 'auto'"),
+        ({"feature_cache_memory": 0}, "feature_cache_memory is 0, expected GiB above 0"),
+        ({"feature_cache_dtype": "int8"}, "feature_cache_dtype is 'int8', expected one of float16, float32"),
+        ({"patch_fraction": 0}, "patch_fraction is 0, expected a number above 0, up to 1"),
+        ({"patch_fraction": 1.5}, "patch_fraction is 1.5, expected"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**arguments)
