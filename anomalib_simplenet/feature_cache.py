@@ -90,11 +90,12 @@ class FeatureCache:
             if not self.maps:
                 return maps
             self._keep(index[[batch.unseen[row] for row in new]], maps)
-        return [kept[index].to(self.device, self.computed_in, non_blocking=True) for kept in self.maps]
+        maps = (kept[index].to(self.device, self.computed_in, non_blocking=True) for kept in self.maps)
+        return [feature.permute(0, 3, 1, 2) for feature in maps]
 
     def _allocate(self, maps: list[torch.Tensor]) -> None:
         self.device, self.computed_in = maps[0].device, maps[0].dtype
-        shapes = [(self.size, *feature.shape[1:]) for feature in maps]
+        shapes = [(self.size, *feature.shape[2:], feature.shape[1]) for feature in maps]
         need = sum(map(math.prod, shapes)) * self.dtype.itemsize
         text = f"the feature maps of {self.size} training images take {_gib(need)} as {self.dtype}".replace(
             "torch.", ""
@@ -119,7 +120,7 @@ class FeatureCache:
             self.dtype = torch.float32
             self.maps = [kept.float() for kept in self.maps]
         for kept, feature in zip(self.maps, maps, strict=True):
-            kept[index] = feature.to("cpu", self.dtype)
+            kept[index] = feature.permute(0, 2, 3, 1).to("cpu", self.dtype)
         self.seen[index] = True
 
 

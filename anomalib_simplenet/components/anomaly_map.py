@@ -4,14 +4,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from .traceable import resize
+from .traceable import resize_matrix
 
 
 class AnomalyMapGenerator(nn.Module):
     """Resize patch scores to the image and smooth them, as the authors do with scipy's ``gaussian_filter``.
 
-    The Gaussian is applied as two one-dimensional convolutions, cut off at four standard deviations, with the border
-    reflected (its edge pixel repeated, whatever the size of the image).
+    The Gaussian is cut off at four standard deviations, with the border reflected (its edge pixel repeated, whatever the
+    size of the image). Resizing and smoothing are linear and separable, so both together are one matrix for the rows
+    and one for the columns.
 
     Args:
         sigma (float): Standard deviation of the smoothing, in pixels. Defaults to ``4``, the paper's value.
@@ -29,22 +30,23 @@ class AnomalyMapGenerator(nn.Module):
 
         Args:
             patch_scores (torch.Tensor): Anomaly scores of shape ``(N, 1, h, w)``.
-            image_size (tuple[int, int] | torch.Size): ``(H, W)`` of the map.
+            image_size (tuple[int, int] | torch.Size): ``(H, W)`` of the map, at least ``(h, w)``.
 
         Returns:
             torch.Tensor: Map of shape ``(N, 1, H, W)``, in the units of the patch scores.
         """
         with torch.autocast(patch_scores.device.type, enabled=False):
-            return self._smooth(resize(patch_scores, image_size))
+            rows, columns = (
+                self._smooth(resize_matrix(size, out, patch_scores))
+                for size, out in zip(patch_scores.shape[-2:], image_size, strict=True)
+            )
+            return rows @ patch_scores @ columns.mT
 
-    def _smooth(self, anomaly_map: torch.Tensor) -> torch.Tensor:
-        kernel = self.kernel.to(anomaly_map.dtype)
-        anomaly_map = F.conv2d(self._reflect(anomaly_map, dim=2), kernel.view(1, 1, -1, 1))
-        return F.conv2d(self._reflect(anomaly_map, dim=3), kernel.view(1, 1, 1, -1))
-
-    def _reflect(self, image: torch.Tensor, dim: int) -> torch.Tensor:
-        """Pad one dimension as ``d c b a | a b c d | d c b a``, which ``F.pad`` cannot."""
-        size, radius = image.shape[dim], len(self.kernel) // 2
-        index = torch.arange(-radius, size + radius, device=image.device)
+    def _smooth(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Smooth the columns of a matrix ``(H, h)``; gives ``(1, 1, H, h)``."""
+        size, radius = matrix.shape[0], len(self.kernel) // 2  # len() would fix the size of exported graphs
+        # Padded as d c b a | a b c d | d c b a, which F.pad cannot.
+        index = torch.arange(-radius, size + radius, device=matrix.device)
         index = index.remainder(torch.full_like(index, 2 * size))  # ONNX has no remainder of a size that is not fixed
-        return image.index_select(dim, torch.minimum(index, 2 * size - 1 - index))
+        padded = matrix.index_select(0, torch.minimum(index, 2 * size - 1 - index))
+        return F.conv2d(padded[None, None], self.kernel.to(matrix.dtype).view(1, 1, -1, 1))

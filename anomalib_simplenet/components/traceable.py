@@ -30,28 +30,30 @@ def resize(feature: torch.Tensor, grid: tuple[int, int] | torch.Size) -> torch.T
 
 def resize_by_product(image: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
     """Resize images ``(..., h, w)`` to ``(..., H, W)``, antialiased where that is smaller, by two matrix products."""
-    rows = _resize_matrix(image.shape[-2], size[0], image)
-    columns = _resize_matrix(image.shape[-1], size[1], image)
+    rows = resize_matrix(image.shape[-2], size[0], image)
+    columns = resize_matrix(image.shape[-1], size[1], image)
     # Of four dimensions each, or OpenVINO rewrites the products.
     return rows[None, None] @ (image @ columns.mT[None, None])
 
 
 def add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Add maps of one shape, ``(N, C, H, W)``."""
+    """Add maps of one shape, ``(N, C, H, W)``, to the first of them."""
     if torch.compiler.is_compiling():
         # OpenVINO fuses a plain sum into a convolution, which then fails in float32 where the processor knows bfloat16.
         return torch.cat(list(parts), dim=1).unflatten(1, (len(parts), -1)).sum(dim=1)
-    return sum(parts[1:], parts[0])
+    for part in parts[1:]:
+        parts[0].add_(part)  # new memory costs more than the sum
+    return parts[0]
 
 
 def leaky_relu(features: torch.Tensor, negative_slope: float) -> torch.Tensor:
-    """Apply leaky ReLU."""
+    """Apply leaky ReLU, in place."""
     if torch.compiler.is_compiling():
         return 0.5 * (1 + negative_slope) * features + 0.5 * (1 - negative_slope) * features.abs()
-    return F.leaky_relu(features, negative_slope)
+    return F.leaky_relu(features, negative_slope, inplace=True)
 
 
-def _resize_matrix(size: int, out: int, like: torch.Tensor) -> torch.Tensor:
+def resize_matrix(size: int, out: int, like: torch.Tensor) -> torch.Tensor:
     """Antialiased linear interpolation of ``size`` samples at ``out`` places, as a matrix ``(out, size)``.
 
     Each output averages the input under a triangle, as wide as the inputs that one output stands for. In whole numbers
