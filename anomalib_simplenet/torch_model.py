@@ -147,7 +147,7 @@ class SimpleNetModel(nn.Module):
             grid = project(self.patch_aggregation.pool(features), weights, bias)
             hidden = grid.permute(0, 2, 3, 1).flatten(0, 2)
         noise = self.anomaly_generator(hidden.new_zeros(()).expand(len(hidden), first.in_features))
-        noisy = hidden + nn.functional.linear(noise, first.weight)
+        noisy = torch.addmm(hidden, noise, first.weight.T)
         # In one batch: batch norm sees real and fake patches together, as in the authors' code.
         real, fake = self.discriminator.after_first(torch.cat([hidden, noisy])).chunk(2)
         return real, fake
@@ -175,8 +175,7 @@ class SimpleNetModel(nn.Module):
         if self.training:
             return self.discriminate(features)
 
-        pooled = self.patch_aggregation.pool(features)
-        patch_scores = -self.fused_head(pooled).float()  # type: ignore[misc]  # never None in eval mode
+        patch_scores = -self.fused_head(self.patch_aggregation.pool(features)).float()  # type: ignore[misc]
         return InferenceBatch(
             pred_score=patch_scores.amax(dim=(1, 2, 3)),
             anomaly_map=self.anomaly_map_generator(patch_scores, images.shape[-2:]),

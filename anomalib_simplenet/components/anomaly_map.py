@@ -10,9 +10,9 @@ from .traceable import resize_matrix
 class AnomalyMapGenerator(nn.Module):
     """Resize patch scores to the image and smooth them, as the authors do with scipy's ``gaussian_filter``.
 
-    The Gaussian is cut off at four standard deviations, with the border reflected (its edge pixel repeated, whatever the
-    size of the image). Resizing and smoothing are linear and separable, so both together are one matrix for the rows
-    and one for the columns.
+    The Gaussian is cut off at four standard deviations, with the border reflected (its edge pixel repeated, whatever
+    the size of the image). Resizing and smoothing are linear and separable, so both together are one matrix for the
+    rows and one for the columns.
 
     Args:
         sigma (float): Standard deviation of the smoothing, in pixels. Defaults to ``4``, the paper's value.

@@ -1,6 +1,6 @@
 """The trained head as a few affine maps, for inference."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -35,11 +35,11 @@ class FusedHead(nn.Module):
                 self.register_buffer(f"weight_{index}_{part}", _like(weight[:, segment, None, None], like), False)
             self.register_buffer(f"bias_{index}", _like(bias, like), False)
 
-    def forward(self, pooled: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, pooled: Iterable[torch.Tensor]) -> torch.Tensor:
         """Score patches.
 
         Args:
-            pooled (Sequence[torch.Tensor]): Each layer's contribution to the embedding, on its own grid, as
+            pooled (Iterable[torch.Tensor]): Each layer's contribution to the embedding, on its own grid, as
                 :meth:`PatchAggregation.pool` gives it.
 
         Returns:

@@ -1,6 +1,6 @@
 """Patch aggregation as one fixed convolution a layer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import gcd
 
 import torch
@@ -69,19 +69,17 @@ class PatchAggregation(nn.Module):
             # Fixed by the arguments, so no part of a checkpoint.
             self.register_buffer(f"weight_{index}", weight.float(), persistent=False)
 
-    def pool(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Each layer's contribution to the embedding, on the layer's own grid.
+    def pool(self, features: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Each layer's contribution to the embedding, on the layer's own grid; one at a time, to save memory.
 
         Args:
             features (Sequence[torch.Tensor]): Map of each layer, of shape ``(N, C, h, w)``, each with its own sizes.
 
-        Returns:
-            list[torch.Tensor]: For each layer ``(N, size of its segment, h, w)``.
+        Yields:
+            torch.Tensor: For each layer ``(N, size of its segment, h, w)``.
         """
-        return [
-            F.conv2d(feature, getattr(self, f"weight_{index}"), padding=self.padding, groups=groups)
-            for index, (feature, groups) in enumerate(zip(features, self.groups, strict=True))
-        ]
+        for index, (feature, groups) in enumerate(zip(features, self.groups, strict=True)):
+            yield F.conv2d(feature, getattr(self, f"weight_{index}"), padding=self.padding, groups=groups)
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Embed patches.
@@ -102,13 +100,13 @@ class PatchAggregation(nn.Module):
         return torch.stack([F.pad(part, place) for part, place in zip(pooled, places, strict=True)]).sum(dim=0)
 
 
-def project(pooled: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+def project(pooled: Iterable[torch.Tensor], weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear map of the embedding to each layer on its own grid, coarser for deeper layers.
 
     The map commutes with the bilinear resize, so ``W [x1; up(x2)] + b = W1 x1 + up(W2 x2) + b``.
 
     Args:
-        pooled (Sequence[torch.Tensor]): What :meth:`PatchAggregation.pool` gives.
+        pooled (Iterable[torch.Tensor]): What :meth:`PatchAggregation.pool` gives.
         weights (Sequence[torch.Tensor]): Each layer's columns of ``W``, :attr:`PatchAggregation.segments`, of shape
             ``(out, size of the segment, 1, 1)``.
         bias (torch.Tensor | None): ``b``, of shape ``(out,)``.
@@ -116,9 +114,11 @@ def project(pooled: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], bia
     Returns:
         torch.Tensor: Of shape ``(N, out, h, w)`` on the grid of the first layer.
     """
-    biases = [bias, *[None] * len(pooled)]
-    parts = [F.conv2d(part, weight, b) for part, weight, b in zip(pooled, weights, biases, strict=False)]
-    return add([resize(part, parts[0].shape[-2:]) for part in parts])
+    parts: list[torch.Tensor] = []
+    for part, weight in zip(pooled, weights, strict=True):
+        projected = F.conv2d(part, weight, None if parts else bias)
+        parts.append(resize(projected, parts[0].shape[-2:]) if parts else projected)
+    return add(parts)
 
 
 def _pooling_windows(size: int, out: int) -> list[tuple[int, int]]:

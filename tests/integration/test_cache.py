@@ -1,6 +1,9 @@
 """The cache of feature maps: the same training, without reading images or running the backbone again."""
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -216,3 +219,44 @@ def test_where_images_may_change_or_maps_do_not_fit_auto_is_off_and_true_raises(
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model(**arguments)
+
+
+TWO_PROCESSES = """
+import os, sys, torch
+from pathlib import Path
+from anomalib.engine import Engine
+from lightning import seed_everything
+from tests.integration.conftest import folder_data, tiny_model
+from tests.integration.test_cache import Watch
+
+if __name__ == "__main__":
+    pictures, cache = Path(sys.argv[1]), sys.argv[2] == "cached"
+    seed_everything(5)
+    model = tiny_model(adapter_layers=1, whiten=True, feature_cache=cache, feature_cache_dtype="float32")
+    watch = Watch()
+    engine = Engine(
+        callbacks=[watch], max_epochs=4, accelerator="cpu", strategy="ddp", devices=2, limit_val_batches=0,
+        default_root_dir=pictures.parent / sys.argv[2],
+    )
+    engine.fit(model, datamodule=folder_data(pictures, train_batch_size=1))
+    figures = {"losses": watch.losses, "extracted": sum(watch.extracted)}
+    torch.save(figures, pictures.parent / f"{sys.argv[2]}{engine.trainer.global_rank}.pt")
+"""
+
+
+def test_two_processes_train_as_without_cache_though_the_sampler_deals_anew(pictures: Path, tmp_path: Path) -> None:
+    script = tmp_path / "two_processes.py"
+    script.write_text(TWO_PROCESSES)
+    root = Path(__file__).parents[2]
+    for kind in ("plain", "cached"):
+        command = [sys.executable, str(script), str(pictures), kind]
+        process = subprocess.run(
+            command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
+        )
+        assert process.returncode == 0, process.stderr[-3000:]
+    for rank in (0, 1):
+        plain, cached = (torch.load(tmp_path / f"{kind}{rank}.pt") for kind in ("plain", "cached"))
+        assert len(plain["losses"]) == 12
+        assert cached["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+        assert plain["extracted"] == 15  # 3 of 5 images to a process, with whitening in 5 passes
+        assert 3 <= cached["extracted"] <= 5

@@ -60,3 +60,16 @@ def test_leaky_relu_is_the_same_while_a_graph_is_traced() -> None:
     features = torch.randn(100)
     traced = torch.export.export(Activation(), (features,)).module()
     torch.testing.assert_close(traced(features), torch.nn.functional.leaky_relu(features, 0.2))
+
+
+def test_what_is_exported_is_the_fused_graph(tmp_path: Path) -> None:
+    model = tiny_model(pre_processor=False, layers=["layer1", "layer2"], adapter_layers=1).eval()
+    graph = ov.Core().read_model(model.to_openvino(tmp_path, input_size=(64, 64)))
+    kinds = {node.get_type_name() for node in graph.get_ops()}
+    assert not kinds & {"ExtractImagePatches", "Im2Col", "Col2Im", "AdaptiveAvgPool", "AvgPool", "BatchNormInference"}
+    convolutions = [node for node in graph.get_ops() if "Convolution" in node.get_type_name()]
+    kernels = [node.input(1).get_partial_shape().to_shape()[-2:] for node in convolutions]
+    backbone = sum(isinstance(module, torch.nn.Conv2d) for module in model.model.feature_extractor.modules())
+    # A pooling and a projection for each layer, and the last linear layer; the smoothing became constants.
+    assert len(kernels) == backbone + 5
+    assert max(max(kernel) for kernel in kernels) == 7  # the backbone's stem

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from anomalib_simplenet.components import FeatureExtractor, PretrainedWeightsError
+from anomalib_simplenet.loss import TruncatedL1Loss
 from anomalib_simplenet.torch_model import SimpleNetModel
 
 SMALL = {"pretrain_embed_dimension": 24, "target_embed_dimension": 32, "discriminator_hidden": 16}
@@ -100,6 +101,20 @@ def test_training_step_equals_the_plain_path(**arguments: object) -> None:
             assert (value.grad - other.grad).abs().max() <= 1e-4 * (1 + other.grad.abs().max()), name
     for name, value in model.discriminator.named_buffers():  # batch norm
         torch.testing.assert_close(value, plain.discriminator.get_buffer(name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch_fraction", [1.0, 0.5])
+def test_a_training_step_never_waits_for_the_device(patch_fraction: float) -> None:
+    model, images = (
+        make(TwoStages(), layers=("early", "late"), patch_fraction=patch_fraction),
+        torch.randn(2, 3, 32, 48),
+    )
+    features = model.extract(images)
+    with torch.profiler.profile() as profile:
+        TruncatedL1Loss()(*model.discriminate(features)).backward()
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::addmm" in called
+    assert not called & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
 
 
 def test_patch_fraction_trains_on_so_many_different_patches() -> None:
