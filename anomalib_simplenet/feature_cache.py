@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,6 +17,7 @@ from torchvision.transforms import v2
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _SHARE_OF_FREE_MEMORY = 0.5
+_CONTAINER = Path("/sys/fs/cgroup")
 _SAME_EACH_TIME = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.ToDtype, v2.ToImage, v2.Grayscale, v2.RGB)
 
 
@@ -160,7 +162,7 @@ def make_feature_cache(
         rank_zero_info(f"feature_cache is off: {reason}.")
         return None
     if memory is None:
-        budget = int(psutil.virtual_memory().available * _SHARE_OF_FREE_MEMORY) // trainer.num_devices
+        budget = int(_free_memory() * _SHARE_OF_FREE_MEMORY) // trainer.num_devices
     else:
         budget = int(memory * 2**30)
     cache = FeatureCache(loader, dtype, budget, required=wish is True)
@@ -186,6 +188,15 @@ def _reasons_against(trainer: Trainer, loader: Any, transform: Any, wish: bool |
         yield f"{', '.join(random)} may change the training images in every epoch: leave it out"
     if not any(isinstance(step, v2.CenterCrop) or _fixes_size(step) for step in transforms):
         yield "images may differ in size: give the pre-processor a Resize to height and width"
+
+
+def _free_memory() -> int:
+    free = psutil.virtual_memory().available
+    try:  # a container may have less than the machine
+        limit, used = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or "max"
+        return free
+    return max(0, min(free, limit - used))
 
 
 def _flat(transform: Any) -> Iterator[Any]:  # noqa: ANN401

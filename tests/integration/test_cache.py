@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
-from anomalib_simplenet import SimpleNet
+from anomalib_simplenet import SimpleNet, feature_cache
 
 from .conftest import folder_data, tiny_model
 
@@ -219,6 +219,15 @@ def test_where_images_may_change_or_maps_do_not_fit_auto_is_off_and_true_raises(
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model(**arguments)
+
+
+def test_the_memory_of_a_container_is_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache, "_CONTAINER", tmp_path)
+    of_the_machine = feature_cache._free_memory()
+    for limit, expected in (("3000\n", 2000), ("500\n", 0), ("max\n", of_the_machine)):
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text("1000\n")
+        assert feature_cache._free_memory() == pytest.approx(expected, rel=0.2)
 
 
 TWO_PROCESSES = """
