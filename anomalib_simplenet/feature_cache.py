@@ -62,8 +62,9 @@ class FeatureCache:
         # Shared, so that workers, which live for an epoch or longer, know what they need not read.
         self.seen = torch.zeros(self.size, dtype=torch.bool).share_memory_()
         self.loader = copy.copy(loader)
-        # A data loader refuses to have these changed.
-        vars(self.loader).update(dataset=_Indexed(loader.dataset, self.seen), collate_fn=_Collate(loader.collate_fn))
+        # A data loader refuses to have its data set changed, and may keep workers that read the old one.
+        dataset, collate = _Indexed(loader.dataset, self.seen), _Collate(loader.collate_fn)
+        vars(self.loader).update(dataset=dataset, collate_fn=collate, _iterator=None)
 
     @property
     def complete(self) -> bool:

@@ -277,7 +277,8 @@ class SimpleNet(AnomalibModule):
     def on_train_epoch_start(self) -> None:
         """Hold validation back, and let workers go that have nothing left to read."""
         if self._cache is not None and self._cache.complete:
-            self.trainer.train_dataloader.num_workers = 0
+            loader = self.trainer.train_dataloader
+            loader.num_workers = loader.timeout = 0
         if self._validate_last:
             self.trainer.check_val_every_n_epoch = _NEVER
 

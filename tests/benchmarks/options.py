@@ -28,8 +28,8 @@ from measure import save, show
 from anomalib_simplenet import SimpleNet
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "float32 cache": {"feature_cache_dtype": "float32"},
-    "float16 cache": {},
+    "float32 cache": {"patch_fraction": 1.0, "feature_cache_dtype": "float32"},
+    "float16 cache": {"patch_fraction": 1.0},
     "1/4 of the patches": {"patch_fraction": 1 / 4},
     "1/8 of the patches": {"patch_fraction": 1 / 8},
     "1/8, 4 times the epochs": {"patch_fraction": 1 / 8, "epochs": 24},
@@ -57,7 +57,7 @@ def main() -> None:
                 print(runs[-1], flush=True)
     tables = {"summary": summarise(runs), "runs": runs}
     show("Mean and standard deviation over the seeds", tables["summary"])
-    save("options", vars(args), tables)
+    save("options", {**vars(args), "folder": list(dict.fromkeys(run["data"] for run in runs))}, tables)
 
 
 def train(name: str, folder: Path, seed: int, settings: dict[str, Any]) -> dict[str, float]:

@@ -16,7 +16,7 @@ def test_python_example_runs(real: Path, tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(example.strip().splitlines()) <= 10
     limits = ", ".join(f"limit_{part}_batches=2" for part in ("train", "val", "test", "predict"))
-    shortened = example.replace("max_epochs=6", f"max_epochs=1, {limits}")
+    shortened = example.replace("max_epochs=24", f"max_epochs=1, {limits}")
     assert shortened != example
     process = subprocess.run(
         [sys.executable, "-c", shortened], cwd=tmp_path, capture_output=True, text=True, check=False
