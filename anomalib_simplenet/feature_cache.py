@@ -9,15 +9,20 @@ from typing import Any
 
 import psutil
 import torch
-from anomalib.data import AnomalibDataset
+from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _SHARE_OF_FREE_MEMORY = 0.5
 _CONTAINER = Path("/sys/fs/cgroup")
+_LIMITS_OF_CONTAINERS = (  # control groups, versions 2 and 1
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 _SAME_EACH_TIME = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.ToDtype, v2.ToImage, v2.Grayscale, v2.RGB)
 
 
@@ -36,6 +41,10 @@ class CachedBatch:
     unseen: list[int]
     image: torch.Tensor | None = None
     gt_mask: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        msg = f"A CachedBatch has no {name}: images are not read again. Set feature_cache to false to have it."
+        raise AttributeError(msg)
 
 
 class FeatureCache:
@@ -62,7 +71,10 @@ class FeatureCache:
         # Shared, so that workers, which live for an epoch or longer, know what they need not read.
         self.seen = torch.zeros(self.size, dtype=torch.bool).share_memory_()
         self.loader = copy.copy(loader)
-        # A data loader refuses to have its data set changed, and may keep workers that read the old one.
+        # A data loader refuses to have its data set changed, may keep workers that read the old one, and Lightning may
+        # have noted on it how to build it again.
+        for name in [name for name in vars(loader) if name.startswith("__pl_saved")]:
+            del vars(self.loader)[name]
         dataset, collate = _Indexed(loader.dataset, self.seen), _Collate(loader.collate_fn)
         vars(self.loader).update(dataset=dataset, collate_fn=collate, _iterator=None)
 
@@ -94,35 +106,45 @@ class FeatureCache:
                 return maps
             self._keep(index[[batch.unseen[row] for row in new]], maps)
         # To the device before it is widened: half of the traffic.
-        rows = (kept[index].to(self.device, non_blocking=True).to(self.computed_in) for kept in self.maps)
+        rows = (kept[index].to(self.device).to(self.computed_in) for kept in self.maps)
         return [feature.permute(0, 3, 1, 2) for feature in rows]
 
     def _allocate(self, maps: list[torch.Tensor]) -> None:
         self.device, self.computed_in = maps[0].device, maps[0].dtype
         shapes = [(self.size, *feature.shape[2:], feature.shape[1]) for feature in maps]
-        need = sum(map(math.prod, shapes)) * self.dtype.itemsize
-        text = f"the feature maps of {self.size} training images take {_gib(need)} as {self.dtype}".replace(
-            "torch.", ""
-        )
-        if need > self.memory:
-            problem = (
-                f"{text}, more than the {_gib(self.memory)} that feature_cache_memory allows (by default half of the "
-                "free memory). Raise it, or take smaller images or fewer layers."
-            )
+        self.numbers = sum(map(math.prod, shapes))
+        if self._need() > self.memory:
             if self.required:
-                msg = f"feature_cache is True, but {problem} Or set feature_cache to auto or false."
+                msg = f"feature_cache is True, but {self._too_large()} Or set feature_cache to auto or false."
                 raise ValueError(msg)
-            rank_zero_info(f"feature_cache is off: {problem}")
+            rank_zero_info(f"feature_cache is off: {self._too_large()}")
             self.too_large = True
             return
-        rank_zero_info(f"feature_cache: {text}; after the first epoch neither images nor backbone are needed.")
+        rank_zero_info(f"feature_cache: {self._size()}; once each was seen, neither images nor backbone are needed.")
         self.maps = [torch.empty(shape, dtype=self.dtype) for shape in shapes]
+
+    def _need(self) -> int:
+        return self.numbers * self.dtype.itemsize
+
+    def _size(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"the feature maps of {self.size} training images take {_gib(self._need())} as {name}"
+
+    def _too_large(self) -> str:
+        return (
+            f"{self._size()}, more than the {_gib(self.memory)} that feature_cache_memory allows (by default half of "
+            "the free memory). Raise it, or take smaller images or fewer layers."
+        )
 
     def _keep(self, index: torch.Tensor, maps: list[torch.Tensor]) -> None:
         largest = max(float(feature.abs().max()) for feature in maps)
         if torch.finfo(self.dtype).max < largest < math.inf:
             self.dtype = torch.float32
-            self.maps = [kept.float() for kept in self.maps]
+            if self._need() > self.memory:  # and batches without images may be on their way
+                msg = f"Features of {largest:.3g} need float32, but {self._too_large()} Or set feature_cache to false."
+                raise ValueError(msg)
+            for layer, kept in enumerate(self.maps):
+                self.maps[layer] = kept.float()
         for kept, feature in zip(self.maps, maps, strict=True):
             kept[index] = feature.permute(0, 2, 3, 1).to("cpu", self.dtype)
         self.seen[index] = True
@@ -130,7 +152,7 @@ class FeatureCache:
 
 def make_feature_cache(
     trainer: Trainer,
-    transform: Any,  # noqa: ANN401
+    pre_processor: Any,  # noqa: ANN401
     wish: bool | str,
     dtype: torch.dtype,
     memory: float | None,
@@ -139,7 +161,7 @@ def make_feature_cache(
 
     Args:
         trainer (Trainer): About to fit.
-        transform (Any): The pre-processor's transform, or ``None``.
+        pre_processor (Any): The model's.
         wish (bool | str): ``True``, ``False`` or ``"auto"``.
         dtype (torch.dtype): To keep maps in.
         memory (float | None): GiB that the maps may take; ``None`` for half of what is free, shared by the processes
@@ -155,7 +177,7 @@ def make_feature_cache(
         return None
     source = trainer.fit_loop._data_source  # noqa: SLF001
     loader = source.dataloader()
-    reason = next(_reasons_against(trainer, loader, transform, wish), None)
+    reason = next(_reasons_against(trainer, loader, pre_processor, wish), None)
     if reason is not None:
         if wish is True:
             msg = f"feature_cache is True, but {reason}, or set feature_cache to auto or false."
@@ -168,10 +190,11 @@ def make_feature_cache(
         budget = int(memory * 2**30)
     cache = FeatureCache(loader, dtype, budget, required=wish is True)
     source.instance = cache.loader
+    trainer.fit_loop._combined_loader = None  # noqa: SLF001  # should something have set the data up already
     return cache
 
 
-def _reasons_against(trainer: Trainer, loader: Any, transform: Any, wish: bool | str) -> Iterator[str]:  # noqa: ANN401
+def _reasons_against(trainer: Trainer, loader: Any, pre_processor: Any, wish: bool | str) -> Iterator[str]:  # noqa: ANN401
     """Why images need not be the same in every epoch, and what to change."""
     if trainer.reload_dataloaders_every_n_epochs:
         yield "the trainer reloads the training data: set reload_dataloaders_every_n_epochs to 0"
@@ -179,25 +202,44 @@ def _reasons_against(trainer: Trainer, loader: Any, transform: Any, wish: bool |
         yield f"the training data are no DataLoader but {type(loader).__name__}: give one"
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         yield "the DataLoader makes no batches of numbered images: give it a data set with places, and a batch size"
-    if not isinstance(loader.dataset, AnomalibDataset) and wish == "auto":
-        yield (
-            f"{type(loader.dataset).__name__} is no data set of anomalib's and may give other images in every epoch: "
-            "set feature_cache to true if it does not"
-        )
-    transforms = [*_flat(getattr(loader.dataset, "augmentations", None)), *_flat(transform)]
-    if random := [type(step).__name__ for step in transforms if not isinstance(step, _SAME_EACH_TIME)]:
+    rebuilt = trainer.world_size > 1 or trainer.overfit_batches
+    if rebuilt and (type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler):
+        yield "Lightning cannot build this DataLoader again: give a plain one, with a sampler and a batch size"
+    if wish == "auto" and (custom := _custom_steps(trainer, loader, pre_processor)):
+        yield f"{custom} may give other images in every epoch: set feature_cache to true if that is not so"
+    augmentations = getattr(loader.dataset, "augmentations", None)
+    transforms = [*_flat(augmentations), *_flat(getattr(pre_processor, "transform", None))]
+    if random := [type(step).__name__ for step in transforms if type(step) not in _SAME_EACH_TIME]:
         yield f"{', '.join(random)} may change the training images in every epoch: leave it out"
     if not any(isinstance(step, v2.CenterCrop) or _fixes_size(step) for step in transforms):
         yield "images may differ in size: give the pre-processor a Resize to height and width"
 
 
+def _custom_steps(trainer: Trainer, loader: DataLoader, pre_processor: Any) -> str | None:  # noqa: ANN401
+    """What between file and model is not anomalib's, and so may do anything."""
+    if type(loader.dataset).__module__.partition(".")[0] != "anomalib":
+        return type(loader.dataset).__name__
+    if loader.collate_fn != loader.dataset.collate_fn:
+        return "the DataLoader's collate_fn"
+    if pre_processor is not None and type(pre_processor) is not PreProcessor:
+        return type(pre_processor).__name__
+    for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        for owner in (trainer.lightning_module, trainer.datamodule):
+            if owner is not None and getattr(type(owner), hook) is not getattr(DataHooks, hook):
+                return f"{type(owner).__name__}.{hook}"
+    return None
+
+
 def _free_memory() -> int:
     free = psutil.virtual_memory().available
-    try:  # a container may have less than the machine
-        limit, used = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no container, or "max"
-        return free
-    return max(0, min(free, limit - used))
+    for *names, statistics, reclaimable in _LIMITS_OF_CONTAINERS:
+        try:
+            limit, used = (int((_CONTAINER / name).read_text()) for name in names)
+            kept_files = dict(line.split() for line in (_CONTAINER / statistics).read_text().splitlines())[reclaimable]
+            free = min(free, limit - used + int(kept_files))
+        except (OSError, ValueError, KeyError):  # no container of this kind, or no limit: "max"
+            continue
+    return max(0, free)
 
 
 def _flat(transform: Any) -> Iterator[Any]:  # noqa: ANN401

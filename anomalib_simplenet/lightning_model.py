@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from copy import copy
 from inspect import signature
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Adam, Optimizer
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from tqdm.auto import tqdm
@@ -139,7 +141,7 @@ class SimpleNet(AnomalibModule):
         if not discriminator_weight_decay >= 0:
             msg = f"discriminator_weight_decay is {discriminator_weight_decay}, expected 0 or more."
             raise ValueError(msg)
-        if feature_cache not in {True, False, "auto"}:
+        if not (isinstance(feature_cache, bool) or feature_cache == "auto"):
             msg = f"feature_cache is {feature_cache!r}, expected True, False or 'auto'."
             raise ValueError(msg)
         if feature_cache_memory is not None and not feature_cache_memory > 0:
@@ -152,6 +154,7 @@ class SimpleNet(AnomalibModule):
         self.feature_cache_memory = feature_cache_memory
         self.feature_cache_dtype = DTYPES[feature_cache_dtype]
         self._cache: FeatureCache | None = None
+        self._validate_last = False
         self.adapter_lr = adapter_lr
         self.discriminator_lr = discriminator_lr
         self.discriminator_weight_decay = discriminator_weight_decay
@@ -240,9 +243,10 @@ class SimpleNet(AnomalibModule):
         """Decide when to validate, by default after the last batch of training only, and whether to keep features."""
         self.train()
         trainer = self.trainer
+        self._cache = None  # whose memory is to be free, should an earlier fit have been interrupted
         self._cache = make_feature_cache(
             trainer,
-            getattr(self.pre_processor, "transform", None),
+            self.pre_processor,
             self.feature_cache,
             self.feature_cache_dtype,
             self.feature_cache_memory,
@@ -265,20 +269,25 @@ class SimpleNet(AnomalibModule):
 
     def _training_embeddings(self) -> Iterator[torch.Tensor]:
         trainer = self.trainer
-        batches = islice(trainer.train_dataloader, trainer.num_training_batches)
+        loader = copy(trainer.train_dataloader)
+        if isinstance(loader, DataLoader):
+            vars(loader)["_iterator"] = None  # persistent workers have the first epoch's images ready: leave them be
+        batches = islice(loader, trainer.num_training_batches)
         for index, batch in enumerate(
             tqdm(batches, "Whitening", trainer.num_training_batches, disable=not trainer.is_global_zero)
         ):
             on_device = trainer.strategy.batch_to_device(batch)
             if isinstance(self.pre_processor, PreProcessor):
                 self.pre_processor.on_train_batch_start(trainer, self, on_device, index)
-            yield self.model.patch_aggregation(self._features(on_device))
+            with trainer.precision_plugin.train_step_context():
+                embedding = self.model.patch_aggregation(self._features(on_device))
+            yield embedding
 
     def on_train_epoch_start(self) -> None:
         """Hold validation back, and let workers go that have nothing left to read."""
         if self._cache is not None and self._cache.complete:
             loader = self.trainer.train_dataloader
-            loader.num_workers = loader.timeout = 0
+            vars(loader).update(num_workers=0, timeout=0, _iterator=None)
         if self._validate_last:
             self.trainer.check_val_every_n_epoch = _NEVER
 
@@ -308,7 +317,7 @@ class SimpleNet(AnomalibModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint load without network and on other machines: it holds the backbone's weights."""
         super().on_save_checkpoint(checkpoint)
-        backbone = self.hparams.get("backbone")  # Lightning drops what cannot be pickled
+        backbone = self.hparams.get("backbone")  # not there if it cannot be pickled
         if not isinstance(backbone, str) or backbone.startswith("local-dir:"):
             backbone = self.model.feature_extractor.architecture
         checkpoint["hyper_parameters"] |= {"backbone": backbone, "pre_trained": False}
@@ -331,6 +340,9 @@ class SimpleNet(AnomalibModule):
             differing.pop("backbone", None)
         if differing:
             logger.warning("Taking %s from the checkpoint.", ", ".join(f"{k}={v!r}" for k, v in differing.items()))
+            if "backbone" not in self.hparams:  # Lightning drops what cannot be pickled
+                msg = f"The checkpoint was trained with {differing}: build the model with these and its backbone."
+                raise ValueError(msg)
             self.hparams.update(differing)
             arguments = {name: self.hparams[name] for name in signature(SimpleNetModel).parameters}
             self.model = SimpleNetModel(**{**arguments, "pre_trained": False})

@@ -67,10 +67,15 @@ class FeatureExtractor(nn.Module):
             )
             raise ValueError(msg)  # noqa: TRY004  # one kind of error for all wrong arguments
         self.requires_grad_(requires_grad=False)
-        self.to(memory_format=torch.channels_last)  # convolutions are faster so
         self.train(mode=False)
         # 224 is a multiple of every common ViT patch size and of every CNN stride.
-        maps = list(self._extract(torch.zeros(1, 3, 224, 224)).values())
+        probe = torch.zeros(1, 3, 224, 224)
+        try:  # convolutions are faster in this layout, but Tensor.view() may refuse it
+            self._arrange(torch.channels_last)
+            maps = list(self._extract(probe).values())
+        except RuntimeError:
+            self._arrange(torch.contiguous_format)
+            maps = list(self._extract(probe).values())
         if any(feature.ndim != 4 or feature.shape[-2] != feature.shape[-1] for feature in maps):
             msg = (
                 f"backbone {backbone!r} does not give maps (N, C, h, w) at {', '.join(layers)}: take a CNN or a vit_*."
@@ -102,11 +107,17 @@ class FeatureExtractor(nn.Module):
     @torch.no_grad()
     def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         if not torch.compiler.is_compiling():
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=self.memory_format)
         features = self.net(images)
         if not isinstance(features, dict):
             features = dict(zip(self.by_depth, features, strict=True))
         return {layer: features[layer] for layer in self.layers}
+
+    def _arrange(self, memory_format: torch.memory_format) -> None:
+        self.memory_format = memory_format
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
     def _trace(self, backbone: nn.Module) -> nn.Module:
         _input, *nodes = get_graph_node_names(backbone.eval())[1]

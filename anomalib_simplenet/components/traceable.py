@@ -61,5 +61,6 @@ def resize_matrix(size: int, out: int, like: torch.Tensor) -> torch.Tensor:
     """
     centre = size * (2 * torch.arange(out, device=like.device) + 1)
     sample = out * (2 * torch.arange(size, device=like.device) + 1)
-    weight = (2 * torch.sym_max(size, out) - (sample[None] - centre[:, None]).abs()).clamp(min=0)
+    larger = (size + out + abs(size - out)) // 2  # max() would fix the size of exported graphs
+    weight = (2 * larger - (sample[None] - centre[:, None]).abs()).clamp(min=0)
     return weight.to(like.dtype) / weight.sum(dim=1, keepdim=True).to(like.dtype)

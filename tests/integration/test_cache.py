@@ -1,15 +1,16 @@
 """The cache of feature maps: the same training, without reading images or running the backbone again."""
 
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from anomalib.data import ImageItem
+from anomalib.data import ImageBatch, ImageItem
 from anomalib.engine import Engine
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
@@ -18,7 +19,7 @@ from torchvision.transforms import v2
 
 from anomalib_simplenet import SimpleNet, feature_cache
 
-from .conftest import folder_data, tiny_model
+from .conftest import TINY, folder_data, tiny_model
 
 
 class Watch(Callback):
@@ -40,13 +41,23 @@ class Watch(Callback):
         self.hook.remove()
 
 
-def fit(pictures: Path, data: dict | None = None, trainer: dict | None = None, **arguments: object) -> tuple:
+def fit(
+    pictures: Path,
+    data: dict | None = None,
+    trainer: dict | None = None,
+    callbacks: Sequence[Callback] = (),
+    **arguments: object,
+) -> tuple[Watch, SimpleNet, Engine]:
     seed_everything(5, verbose=False)
     model = tiny_model(**{"layers": ["layer1", "layer2"], "adapter_layers": 1, **arguments})
     watch = Watch()
     settings = {"max_epochs": 3, "accelerator": "cpu", "default_root_dir": pictures.parent / "results"}
-    engine = Engine(callbacks=[watch], **{**settings, **(trainer or {})})
-    engine.fit(model, datamodule=folder_data(pictures, **(data or {})))
+    engine = Engine(callbacks=[watch, *callbacks], **{**settings, **(trainer or {})})
+    data = dict(data or {})
+    collate = data.pop("external_collate_fn", None)
+    datamodule = folder_data(pictures, **data)
+    datamodule.external_collate_fn = collate
+    engine.fit(model, datamodule=datamodule)
     return watch, model, engine
 
 
@@ -63,6 +74,7 @@ def head(model: SimpleNet) -> dict[str, torch.Tensor]:
         {"trainer": {"accumulate_grad_batches": 2}},
         {"trainer": {"limit_train_batches": 2, "max_epochs": 4}},
         {"trainer": {"precision": "bf16-mixed"}},
+        {"trainer": {"precision": "bf16-mixed"}, "whiten": True},
     ],
     ids=str,
 )
@@ -111,6 +123,56 @@ def test_maps_beyond_half_precision_are_kept_in_full(pictures: Path) -> None:
     plain, _, _ = fit(pictures, backbone=Large(), layers=["layer"], feature_cache=False)
     cached, _, _ = fit(pictures, backbone=Large(), layers=["layer"])
     assert cached.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_maps_that_outgrow_the_memory_in_float32_say_so(pictures: Path) -> None:
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 4, stride=4, bias=False))
+    torch.nn.init.constant_(backbone[0].weight, 1e5)
+    half = 5 * 4 * 16 * 16 * 2 / 2**30
+    with pytest.raises(ValueError, match=r"Features of .*e\+06 need float32, but .* feature_cache to false"):
+        fit(pictures, backbone=backbone, layers=["0"], feature_cache_memory=1.5 * half)
+
+
+class Planner(SimpleNet):
+    """A model that asks for the number of steps before training, which makes Lightning set the data up."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.steps = self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+def test_data_that_was_set_up_early_is_set_up_again(pictures: Path) -> None:
+    pre_processor = SimpleNet.configure_pre_processor((64, 64))
+    model, watch = Planner(**TINY, pre_processor=pre_processor), Watch()
+    engine = Engine(callbacks=[watch], max_epochs=2, accelerator="cpu", default_root_dir=pictures.parent / "r")
+    engine.fit(model, datamodule=folder_data(pictures))
+    assert model.steps == 6
+    assert sum(watch.extracted) == 5
+
+
+def test_workers_that_stay_have_the_first_epochs_images_and_leave_in_the_end(pictures: Path) -> None:
+    data = folder_data(pictures)
+    data.setup()
+    loader = DataLoader(
+        data.train_data, 2, collate_fn=data.train_data.collate_fn, num_workers=1, persistent_workers=True
+    )
+    model, watch = tiny_model(whiten=True), Watch()
+    engine = Engine(callbacks=[watch], max_epochs=3, accelerator="cpu", default_root_dir=pictures.parent / "r")
+    engine.fit(model, train_dataloaders=loader)
+    assert len(watch.losses) == 9
+    assert sum(watch.extracted) == 5
+    assert not multiprocessing.active_children()
+
+
+class Nosy(Callback):
+    def on_train_batch_end(self, _trainer: object, _model: object, _outputs: object, batch: object, _n: int) -> None:
+        self.paths = batch.image_path
+
+
+def test_a_callback_that_needs_the_images_is_told_what_to_set(pictures: Path) -> None:
+    with pytest.raises(AttributeError, match=r"no image_path: images are not read again\. Set feature_cache"):
+        fit(pictures, trainer={"max_epochs": 1}, callbacks=[Nosy()])
+    fit(pictures, trainer={"max_epochs": 1}, callbacks=[Nosy()], feature_cache=False)
 
 
 def test_resuming_fills_it_again(pictures: Path) -> None:
@@ -184,6 +246,10 @@ REASONS = [
         "ColorJitter may change the training images",
     ),
     ({"pre_processor": v2.Compose([v2.Normalize([0.5] * 3, [0.5] * 3)])}, "images may differ in size"),
+    (
+        {"data": {"external_collate_fn": lambda items: ImageBatch.collate(list(items))}},
+        "collate_fn may give other images",
+    ),
     ({"trainer": {"reload_dataloaders_every_n_epochs": 1}}, "set reload_dataloaders_every_n_epochs to 0"),
     ({"feature_cache_memory": 1e-4}, r"5 training images take .* GiB as float16, more than .* feature_cache_memory"),
 ]
@@ -202,6 +268,9 @@ def test_where_images_may_change_or_maps_do_not_fit_auto_is_off_and_true_raises(
     assert sum(watch.extracted) == 15
     off = [record.message for record in caplog.records if "feature_cache is off" in record.message]
     assert len(off) == 1
+    if "may give" in reason:  # not known: then the user knows
+        assert sum(fit(pictures, feature_cache=True, **settings)[0].extracted) == 5
+        return
     with pytest.raises(ValueError, match=f"feature_cache is True, but .*{reason}.*feature_cache to auto or false"):
         fit(pictures, feature_cache=True, **settings)
 
@@ -210,6 +279,7 @@ def test_where_images_may_change_or_maps_do_not_fit_auto_is_off_and_true_raises(
     ("arguments", "message"),
     [
         ({"feature_cache": "yes"}, "feature_cache is 'yes', expected True, False or 'auto'"),
+        ({"feature_cache": 0}, "feature_cache is 0, expected"),
         ({"feature_cache_memory": 0}, "feature_cache_memory is 0, expected GiB above 0"),
         ({"feature_cache_dtype": "int8"}, "feature_cache_dtype is 'int8', expected one of float16, float32"),
         ({"patch_fraction": 0}, "patch_fraction is 0, expected a number above 0, up to 1"),
@@ -224,10 +294,16 @@ def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
 def test_the_memory_of_a_container_is_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache, "_CONTAINER", tmp_path)
     of_the_machine = feature_cache._free_memory()
-    for limit, expected in (("3000\n", 2000), ("500\n", 0), ("max\n", of_the_machine)):
-        (tmp_path / "memory.max").write_text(limit)
-        (tmp_path / "memory.current").write_text("1000\n")
-        assert feature_cache._free_memory() == pytest.approx(expected, rel=0.2)
+    for folder, names in (
+        (tmp_path, ("memory.max", "memory.current", "inactive_file")),
+        (tmp_path / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ):
+        folder.mkdir(exist_ok=True)
+        for limit, expected in (("3000\n", 2200), ("500\n", 0), ("max\n", of_the_machine)):
+            (folder / names[0]).write_text(limit)
+            (folder / names[1]).write_text("1000\n")
+            (folder / "memory.stat").write_text(f"anon 800\n{names[2]} 200\n")
+            assert feature_cache._free_memory() == pytest.approx(expected, rel=0.2)
 
 
 TWO_PROCESSES = """

@@ -213,6 +213,20 @@ def test_a_module_as_backbone_is_given_again_on_loading(pictures: Path) -> None:
     assert torch.equal(loaded(images).pred_score, model.eval()(images).pred_score)
 
 
+def test_a_backbone_of_a_class_that_cannot_be_pickled_trains_and_says_what_it_lacks(pictures: Path) -> None:
+    class Local(torch.nn.Sequential):
+        pass
+
+    def build(**arguments: object) -> SimpleNet:
+        return tiny_model(backbone=Local(torch.nn.Conv2d(3, 8, 3, 4)), layers=["0"], **arguments)
+
+    _, engine, _ = fit(pictures, build(adapter_layers=2), max_epochs=1)
+    checkpoint = engine.trainer.checkpoint_callback.best_model_path
+    engine.test(build(adapter_layers=2), datamodule=folder_data(pictures), ckpt_path=checkpoint)
+    with pytest.raises(ValueError, match=r"trained with \{'adapter_layers': 2\}: build the model with these"):
+        engine.test(build(adapter_layers=1), datamodule=folder_data(pictures), ckpt_path=checkpoint)
+
+
 def test_a_checkpoint_of_another_model_is_refused(pictures: Path) -> None:
     from anomalib.models import Padim
 

@@ -183,6 +183,35 @@ def test_backbones_of_every_kind(backbone: str | nn.Module, layers: tuple[str, .
     assert model.eval()(images).anomaly_map.shape == (1, 1, 224, 112)
 
 
+def test_a_backbone_that_needs_the_default_memory_layout_gets_it() -> None:
+    class Flattened(TwoStages):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            early = self.early(images)
+            return self.late(early.view(early.shape[0], -1).view(early.shape))
+
+    images = torch.randn(2, 3, 64, 64)
+    model, usual = make(Flattened(), layers=("late",)).eval(), make(TwoStages(), layers=("late",)).eval()
+    usual.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(images).pred_score, usual(images).pred_score, rtol=1e-5, atol=1e-6)
+    assert usual.extract(images)[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_torchscript_traces_predictions() -> None:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make().eval()
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            prediction = self.model(images)
+            return prediction.pred_score, prediction.anomaly_map
+
+    scores, images = Scores(), torch.randn(3, 3, 64, 64)
+    traced = torch.jit.trace(scores, images[:1])
+    for value, expected in zip(traced(images), scores(images), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_layers_keep_their_names_whatever_their_order() -> None:
     torch.manual_seed(0)
     forward = FeatureExtractor("resnet18", ["layer1", "layer2"], pre_trained=False)
