@@ -76,7 +76,7 @@ class SimpleNet(AnomalibModule):
         patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on.
             Defaults to ``1.0``, all.
         feature_cache (bool | str): Whether to keep the backbone's feature maps of the training images in the main
-            memory, so that after the first epoch training needs neither images nor backbone. ``"auto"`` does so unless
+            memory, so that once each was seen training needs neither images nor backbone. ``"auto"`` does so unless
             images may change from epoch to epoch or the maps do not fit, and logs why not; ``True`` raises in these
             cases. Defaults to ``"auto"``.
         feature_cache_memory (float | None): GiB that the maps may take; ``None`` for half of what is free.
