@@ -92,7 +92,7 @@ def main() -> None:
                 for label, size in mib.items()
             ]
             show("Peak memory of training", tables["memory"])
-    save("training", vars(args), tables)
+    save("training", {**vars(args), "release": args.release is not None}, tables)
 
 
 def write_images(folder: Path, count: int) -> None:
