@@ -71,10 +71,10 @@ class FeatureExtractor(nn.Module):
         # 224 is a multiple of every common ViT patch size and of every CNN stride.
         probe = torch.zeros(1, 3, 224, 224)
         try:  # convolutions are faster in this layout, but Tensor.view() may refuse it
-            self._arrange(torch.channels_last)
+            self._arrange(channels_last=True)
             maps = list(self._extract(probe).values())
         except RuntimeError:
-            self._arrange(torch.contiguous_format)
+            self._arrange(channels_last=False)
             maps = list(self._extract(probe).values())
         if any(feature.ndim != 4 or feature.shape[-2] != feature.shape[-1] for feature in maps):
             msg = (
@@ -106,15 +106,16 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        if not torch.compiler.is_compiling():
-            images = images.contiguous(memory_format=self.memory_format)
+        if self.channels_last and not torch.compiler.is_compiling():
+            images = images.contiguous(memory_format=torch.channels_last)
         features = self.net(images)
         if not isinstance(features, dict):
             features = dict(zip(self.by_depth, features, strict=True))
         return {layer: features[layer] for layer in self.layers}
 
-    def _arrange(self, memory_format: torch.memory_format) -> None:
-        self.memory_format = memory_format
+    def _arrange(self, channels_last: bool) -> None:
+        self.channels_last = channels_last
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
         for parameter in self.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=memory_format)

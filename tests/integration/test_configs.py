@@ -90,6 +90,8 @@ def test_paper_config_holds_the_values_of_the_paper() -> None:
         "noise_std": 0.015,
         "mix_noise": 1,
         "whiten": False,
+        "patch_fraction": 1.0,
+        "feature_cache_dtype": "float32",
         "margin": 0.5,
         "adapter_lr": 1e-4,
         "discriminator_lr": 2e-4,
