@@ -30,14 +30,14 @@ class AnomalyMapGenerator(nn.Module):
 
         Args:
             patch_scores (torch.Tensor): Anomaly scores of shape ``(N, 1, h, w)``.
-            image_size (tuple[int, int] | torch.Size): ``(H, W)`` of the map, at least ``(h, w)``.
+            image_size (tuple[int, int] | torch.Size): ``(H, W)`` of the map.
 
         Returns:
             torch.Tensor: Map of shape ``(N, 1, H, W)``, in the units of the patch scores.
         """
         with torch.autocast(patch_scores.device.type, enabled=False):
             rows, columns = (
-                self._smooth(resize_matrix(size, out, patch_scores))
+                self._smooth(resize_matrix(size, out, patch_scores, antialias=False))
                 for size, out in zip(patch_scores.shape[-2:], image_size, strict=True)
             )
             return rows @ patch_scores @ columns.mT

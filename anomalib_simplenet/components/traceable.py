@@ -30,8 +30,8 @@ def resize(feature: torch.Tensor, grid: tuple[int, int] | torch.Size) -> torch.T
 
 def resize_by_product(image: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
     """Resize images ``(..., h, w)`` to ``(..., H, W)``, antialiased where that is smaller, by two matrix products."""
-    rows = resize_matrix(image.shape[-2], size[0], image)
-    columns = resize_matrix(image.shape[-1], size[1], image)
+    rows = resize_matrix(image.shape[-2], size[0], image, antialias=True)
+    columns = resize_matrix(image.shape[-1], size[1], image, antialias=True)
     # Of four dimensions each, or OpenVINO rewrites the products.
     return rows[None, None] @ (image @ columns.mT[None, None])
 
@@ -53,14 +53,15 @@ def leaky_relu(features: torch.Tensor, negative_slope: float) -> torch.Tensor:
     return F.leaky_relu(features, negative_slope, inplace=True)
 
 
-def resize_matrix(size: int, out: int, like: torch.Tensor) -> torch.Tensor:
-    """Antialiased linear interpolation of ``size`` samples at ``out`` places, as a matrix ``(out, size)``.
+def resize_matrix(size: int, out: int, like: torch.Tensor, antialias: bool) -> torch.Tensor:
+    """Linear interpolation of ``size`` samples at ``out`` places, as a matrix ``(out, size)``.
 
-    Each output averages the input under a triangle, as wide as the inputs that one output stands for. In whole numbers
-    up to the last division.
+    Each output averages the input under a triangle; antialiased, as wide as the inputs that one output stands for. In
+    whole numbers up to the last division.
     """
     centre = size * (2 * torch.arange(out, device=like.device) + 1)
     sample = out * (2 * torch.arange(size, device=like.device) + 1)
-    larger = (size + out + abs(size - out)) // 2  # max() would fix the size of exported graphs
-    weight = (2 * larger - (sample[None] - centre[:, None]).abs()).clamp(min=0)
+    # max() would fix the size of exported graphs.
+    width = (size + out + abs(size - out)) // 2 if antialias else out
+    weight = (2 * width - (sample[None] - centre[:, None]).abs()).clamp(min=0)
     return weight.to(like.dtype) / weight.sum(dim=1, keepdim=True).to(like.dtype)

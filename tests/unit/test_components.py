@@ -85,7 +85,7 @@ def test_whitening_gives_mean_zero_and_covariance_one_from_several_batches() -> 
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(12, 60), st.integers(12, 60))
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 60), st.integers(1, 60))
 def test_anomaly_map_is_smoothed_as_scipy_does_to_the_border(h: int, w: int, height: int, width: int) -> None:
     scores = torch.randn(2, 1, h, w)
     resized = nn.functional.interpolate(scores, size=(height, width), mode="bilinear", align_corners=False)

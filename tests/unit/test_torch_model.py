@@ -59,18 +59,25 @@ CONFIGURATIONS = {
     "adapter_layers": st.integers(0, 2),
     "discriminator_layers": st.integers(1, 3),
     "discriminator_hidden": st.sampled_from([None, 8]),
-    "target_embed_dimension": st.sampled_from([None, 12, 23, 48, 70]),
+    "target_embed_dimension": st.sampled_from([None, 5, 23, 48, 70]),
     "layers": st.sampled_from([("early",), ("early", "late"), ("late", "early")]),
     "whiten": st.booleans(),
 }
 
 
+def make_whitened(**arguments: object) -> SimpleNetModel:
+    if arguments["discriminator_hidden"] is None and arguments["target_embed_dimension"] == 5:
+        arguments["target_embed_dimension"] = 12
+    model = make(TwoStages(), **arguments)
+    if model.whitening:
+        model.whitening.fit(model.whitening.moments([model.embed(torch.randn(4, 3, 32, 48))]))
+    return model
+
+
 @settings(max_examples=20, deadline=None)
 @given(**CONFIGURATIONS)
 def test_fused_eval_equals_the_plain_path(**arguments: object) -> None:
-    model, images = make(TwoStages(), **arguments), torch.randn(2, 3, 32, 48)
-    if model.whitening:
-        model.whitening.fit(model.whitening.moments([model.embed(torch.randn(4, 3, 32, 48))]))
+    model, images = make_whitened(**arguments), torch.randn(2, 3, 32, 48)
     train_a_little(model, images)
     model.eval()
     with torch.no_grad():
@@ -82,9 +89,7 @@ def test_fused_eval_equals_the_plain_path(**arguments: object) -> None:
 @settings(max_examples=30, deadline=None)
 @given(**CONFIGURATIONS)
 def test_training_step_equals_the_plain_path(**arguments: object) -> None:
-    model, images = make(TwoStages(), **arguments), torch.randn(2, 3, 32, 48)
-    if model.whitening:
-        model.whitening.fit(model.whitening.moments([model.embed(torch.randn(4, 3, 32, 48))]))
+    model, images = make_whitened(**arguments), torch.randn(2, 3, 32, 48)
     plain = deepcopy(model)
     torch.manual_seed(1)
     real, fake = model(images)
