@@ -175,14 +175,21 @@ def test_a_callback_that_needs_the_images_is_told_what_to_set(pictures: Path) ->
     fit(pictures, trainer={"max_epochs": 1}, callbacks=[Nosy()], feature_cache=False)
 
 
-def test_resuming_fills_it_again(pictures: Path) -> None:
-    _, _, engine = fit(pictures, feature_cache_dtype="float32", trainer={"max_epochs": 2})
-    resumed = tiny_model(layers=["layer1", "layer2"], adapter_layers=1, feature_cache_dtype="float32")
-    watch = Watch()
-    again = Engine(callbacks=[watch], max_epochs=3, accelerator="cpu", default_root_dir=pictures.parent / "again")
-    again.fit(resumed, datamodule=folder_data(pictures), ckpt_path=engine.trainer.checkpoint_callback.best_model_path)
-    assert len(watch.losses) == 3
-    assert sum(watch.extracted) == 5
+def test_resuming_fills_it_again_and_goes_on_as_without_cache(pictures: Path) -> None:
+    losses = []
+    for cache in (False, True):
+        settings = {"feature_cache": cache, "feature_cache_dtype": "float32"}
+        _, _, engine = fit(pictures, trainer={"max_epochs": 2}, **settings)
+        seed_everything(7, verbose=False)
+        resumed = tiny_model(layers=["layer1", "layer2"], adapter_layers=1, **settings)
+        watch = Watch()
+        again = Engine(callbacks=[watch], max_epochs=4, accelerator="cpu", default_root_dir=pictures.parent / "again")
+        checkpoint = engine.trainer.checkpoint_callback.best_model_path
+        again.fit(resumed, datamodule=folder_data(pictures), ckpt_path=checkpoint)
+        assert sum(watch.extracted) == (5 if cache else 10)
+        losses.append(watch.losses)
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6, abs=1e-6)
 
 
 class Recoded(Dataset):
