@@ -75,6 +75,10 @@ class SimpleNet(AnomalibModule):
             paper. Defaults to ``False``.
         patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on.
             Defaults to ``1.0``, all.
+        distance_weight (float): How much the distance of a whitened embedding from the training set's mean, divided by
+            the square root of its size, adds to a patch's score. Not in the paper. Defaults to ``0.0``.
+        averaging (bool): Whether to predict with the average of the weights over about the last quarter of training
+            instead of those of the last step, as in the paper. Defaults to ``True``.
         feature_cache (bool | str): Whether to keep the backbone's feature maps of the training images in the main
             memory, so that once each was seen training needs neither images nor backbone. ``"auto"`` does so unless
             images may change from epoch to epoch or the maps do not fit, and logs why not; ``True`` raises in these
@@ -121,6 +125,8 @@ class SimpleNet(AnomalibModule):
         mix_noise: int = 1,
         whiten: bool = False,
         patch_fraction: float = 1.0,
+        distance_weight: float = 0.0,
+        averaging: bool = True,
         feature_cache: bool | Literal["auto"] = "auto",
         feature_cache_memory: float | None = None,
         feature_cache_dtype: Literal["float16", "float32"] = "float16",
@@ -173,6 +179,8 @@ class SimpleNet(AnomalibModule):
             mix_noise=mix_noise,
             whiten=whiten,
             patch_fraction=patch_fraction,
+            distance_weight=distance_weight,
+            averaging=averaging,
         )
         self._match_export_to_training()
         self._check_image_size()
@@ -220,6 +228,11 @@ class SimpleNet(AnomalibModule):
             "decoupled_weight_decay": True,
         }
         return Adam([adapter, discriminator] if len(self.model.adapter) else [discriminator])
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        """Train a step, and average the weights."""
+        super().optimizer_step(*args, **kwargs)
+        self.model.average()
 
     @property
     def trainer(self) -> Trainer:
@@ -326,7 +339,8 @@ class SimpleNet(AnomalibModule):
         """Take the checkpoint's architecture where the model was built with another one."""
         super().on_load_checkpoint(checkpoint)
         self._match_export_to_training()
-        saved = checkpoint.get("hyper_parameters", {})
+        older = {"distance_weight": 0.0, "averaging": False}  # what checkpoints of 0.1 were trained with
+        saved = {**older, **checkpoint.get("hyper_parameters", {})}
         if "model.discriminator.tail.weight" not in checkpoint["state_dict"] or "adapter_layers" not in saved:
             msg = (
                 "This is no checkpoint of SimpleNet: it has no discriminator or no hyper-parameters. "

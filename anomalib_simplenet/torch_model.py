@@ -1,6 +1,7 @@
 """SimpleNet in plain PyTorch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 
 import torch
 from anomalib.data import InferenceBatch
@@ -41,6 +42,10 @@ class SimpleNetModel(nn.Module):
             share of their deviation. Not in the paper. Defaults to ``False``.
         patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on.
             Defaults to ``1.0``, all.
+        distance_weight (float): How much the distance of a whitened embedding from the mean, divided by the square root
+            of its size, adds to a patch's score. Not in the paper. Defaults to ``0.0``.
+        averaging (bool): Whether eval mode takes the average of adapter and discriminator over the last steps that
+            :meth:`average` keeps. Not in the paper. Defaults to ``False``.
 
     Attributes:
         feature_extractor (FeatureExtractor): Frozen backbone.
@@ -75,8 +80,17 @@ class SimpleNetModel(nn.Module):
         mix_noise: int = 1,
         whiten: bool = False,
         patch_fraction: float = 1.0,
+        distance_weight: float = 0.0,
+        averaging: bool = False,
     ) -> None:
         super().__init__()
+        if not distance_weight >= 0:
+            msg = f"distance_weight is {distance_weight}, expected 0 (no distance) or more."
+            raise ValueError(msg)
+        if distance_weight and not whiten:
+            msg = f"distance_weight is {distance_weight}, but distances need whitened embeddings: set whiten to true."
+            raise ValueError(msg)
+        self.distance_weight = distance_weight
         if not 0 < patch_fraction <= 1:
             msg = f"patch_fraction is {patch_fraction}, expected a number above 0, up to 1 (all patches)."
             raise ValueError(msg)
@@ -89,6 +103,11 @@ class SimpleNetModel(nn.Module):
         self.adapter = Adapter(dimension, adapter_layers)
         self.anomaly_generator = AnomalyGenerator(noise_std, mix_noise)
         self.discriminator = Discriminator(dimension, discriminator_layers, discriminator_hidden)
+        self.averaged: nn.ModuleList | None = None
+        if averaging:
+            self.averaged = deepcopy(nn.ModuleList([self.adapter, self.discriminator])).requires_grad_(False)
+            self.averaged_steps: torch.Tensor
+            self.register_buffer("averaged_steps", torch.tensor(0))
         self.anomaly_map_generator = AnomalyMapGenerator()
         self.fused_head: FusedHead | None = None
         self.register_load_state_dict_post_hook(_fuse_after_loading)
@@ -104,11 +123,31 @@ class SimpleNetModel(nn.Module):
         if self.training:
             self.fused_head = None
             return
-        self.fused_head = FusedHead(self._linear(), self.discriminator, self.patch_aggregation.segments).eval()
+        adapter, discriminator = self.adapter, self.discriminator
+        if self.averaged is not None and self.averaged_steps:
+            adapter, discriminator = self.averaged
+        segments = self.patch_aggregation.segments
+        linear = self._linear(adapter)
+        self.fused_head = FusedHead(linear, discriminator, segments, self.whitening, self.distance_weight).eval()
 
-    def _linear(self) -> list[nn.Linear]:
+    def _linear(self, adapter: nn.Module) -> list[nn.Linear]:
         """What stands between embedding and discriminator."""
-        return [*([self.whitening] if self.whitening else []), *self.adapter]
+        return [*([self.whitening] if self.whitening else []), *adapter]
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averaged weights towards the trained ones; to be called after each step of the optimizer.
+
+        Polynomial-decay averaging (Shamir and Zhang, ICML 2013, section 4): however many steps there are, about the
+        last quarter of them counts.
+        """
+        if self.averaged is None:
+            return
+        self.averaged_steps += 1
+        share = 4 / (self.averaged_steps + 3)
+        trained = nn.ModuleList([self.adapter, self.discriminator])
+        for mean, value in zip(_tensors(self.averaged), _tensors(trained), strict=True):
+            mean.lerp_(value, share.to(mean.dtype))
 
     def extract(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Extract the backbone's maps from images ``(N, 3, H, W)``: for each layer ``(N, C, h, w)``."""
@@ -139,7 +178,7 @@ class SimpleNetModel(nn.Module):
             noise, ``(N * h * w,)`` each, or as many as ``patch_fraction`` leaves.
         """
         first = self.discriminator.first
-        weight, bias = _compose([*self._linear(), first])
+        weight, bias = _compose([*self._linear(self.adapter), first])
         if self.patch_fraction < 1:
             hidden = nn.functional.linear(self._some_patches(features), weight, bias)
         else:
@@ -189,6 +228,11 @@ def _compose(layers: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | 
         weight = layer.weight @ weight
         bias = nn.functional.linear(bias, layer.weight, layer.bias)
     return weight, bias
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Weights and running statistics."""
+    return (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
 
 
 def _fuse_after_loading(model: SimpleNetModel, _incompatible_keys: object) -> None:

@@ -21,14 +21,30 @@ class FusedHead(nn.Module):
         linear (Sequence[nn.Linear]): What stands before the discriminator: whitening and adapter.
         discriminator (Discriminator): Trained discriminator.
         segments (Sequence[slice]): The part of the embedding that each layer contributes to.
+        whitening (nn.Linear | None): Whitening, to weigh the distance with. Defaults to ``None``.
+        distance_weight (float): Weight of the whitened embedding's norm. Defaults to ``0.0``.
     """
 
-    def __init__(self, linear: Sequence[nn.Linear], discriminator: Discriminator, segments: Sequence[slice]) -> None:
+    def __init__(
+        self,
+        linear: Sequence[nn.Linear],
+        discriminator: Discriminator,
+        segments: Sequence[slice],
+        whitening: nn.Linear | None = None,
+        distance_weight: float = 0.0,
+    ) -> None:
         super().__init__()
         self.parts = len(segments)
         like = discriminator.tail.weight
         affine = _fold([*linear, *(layer for block in discriminator.body for layer in block), discriminator.tail])
         self.depth = len(affine)
+        self.hidden = len(affine[0][0])
+        self.measures_distance = whitening is not None and distance_weight > 0
+        if whitening is not None and distance_weight > 0:
+            # Rows of the same product, scaled so that their norm is the weighted distance.
+            scale = distance_weight / whitening.out_features**0.5
+            weight, bias = _fold([whitening])[0]
+            affine[0] = (torch.cat([affine[0][0], scale * weight]), torch.cat([affine[0][1], scale * bias]))
         for index, (weight, bias) in enumerate(affine):
             columns = segments if index == 0 else [slice(None)]
             for part, segment in enumerate(columns):
@@ -46,10 +62,14 @@ class FusedHead(nn.Module):
             torch.Tensor: Scores of shape ``(N, 1, h, w)`` on the grid of the first layer; high for normal patches.
         """
         scores = project(pooled, [getattr(self, f"weight_0_{part}") for part in range(self.parts)], self.bias_0)
+        distance: torch.Tensor | float = 0.0
+        if self.measures_distance:
+            distance = scores[:, self.hidden :].square().sum(dim=1, keepdim=True).sqrt()
+            scores = scores[:, : self.hidden]
         for index in range(1, self.depth):
             scores = leaky_relu(scores, Discriminator.NEGATIVE_SLOPE)
             scores = F.conv2d(scores, getattr(self, f"weight_{index}_0"), getattr(self, f"bias_{index}"))
-        return scores
+        return scores - distance
 
 
 @torch.inference_mode(False)

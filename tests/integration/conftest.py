@@ -67,6 +67,6 @@ def folder_data(root: Path, masks: bool = True, **arguments: object) -> Folder:
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with real weights, ``efficientnet_lite0``, and real photographs, ``mono``."""
     root = tmp_path_factory.mktemp("real")
-    prepare_weights(root / "efficientnet_lite0")
+    prepare_weights(root / "efficientnet_lite0", "lite0")
     prepare_cells(root / "mono", "mono")
     return root

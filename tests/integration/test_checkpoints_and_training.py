@@ -109,6 +109,8 @@ def test_same_seed_same_weights_and_only_the_head_trains(pictures: Path) -> None
     assert {key.split(".")[1] for key in changed if key.startswith("model.")} == {
         "adapter",
         "discriminator",
+        "averaged",  # of these two
+        "averaged_steps",
         "whitening",
     }
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items() if key.startswith("model."))
@@ -225,6 +227,28 @@ def test_a_backbone_of_a_class_that_cannot_be_pickled_trains_and_says_what_it_la
     engine.test(build(adapter_layers=2), datamodule=folder_data(pictures), ckpt_path=checkpoint)
     with pytest.raises(ValueError, match=r"trained with \{'adapter_layers': 2\}: build the model with these"):
         engine.test(build(adapter_layers=1), datamodule=folder_data(pictures), ckpt_path=checkpoint)
+
+
+def test_weights_are_averaged_once_a_step_and_a_checkpoint_keeps_them(pictures: Path, tmp_path: Path) -> None:
+    engine, model = Engine(max_epochs=2, accumulate_grad_batches=2, default_root_dir=tmp_path), tiny_model()
+    engine.fit(model, datamodule=folder_data(pictures))
+    assert int(model.model.averaged_steps) == engine.trainer.global_step == 4
+    loaded = SimpleNet.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path)
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(loaded.eval()(images).pred_score, model.eval()(images).pred_score)
+
+
+def test_a_checkpoint_from_before_averaging_loads(pictures: Path, tmp_path: Path) -> None:
+    engine, model = Engine(max_epochs=1, default_root_dir=tmp_path), tiny_model(averaging=False)
+    engine.fit(model, datamodule=folder_data(pictures))
+    path = tmp_path / "old.ckpt"
+    checkpoint = torch.load(engine.trainer.checkpoint_callback.best_model_path, weights_only=True)
+    for name in ("averaging", "distance_weight"):
+        del checkpoint["hyper_parameters"][name]
+    torch.save(checkpoint, path)
+    loaded = SimpleNet.load_from_checkpoint(path).eval()
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(loaded(images).pred_score, model.eval()(images).pred_score)
 
 
 def test_a_checkpoint_of_another_model_is_refused(pictures: Path) -> None:

@@ -22,7 +22,8 @@ from anomalib_simplenet import SimpleNet
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMPONENTS = {"pre_processor", "post_processor", "evaluator", "visualizer"}
-JOBS = {"elpv": 3 * 3, "mvtecad": 3 * 3 * 15, "visa": 3 * 3 * 12}  # seeds, models, categories
+OWN = ["elpv_mono", "elpv_poly", "elpv_synthetic", "magnetic_tile"]
+JOBS = {**dict.fromkeys(OWN, 5 * 3), "mvtecad": 3 * 3 * 15, "visa": 3 * 3 * 12}  # seeds, models, categories
 
 
 class ParseOnly(AnomalibCLI):
@@ -91,6 +92,8 @@ def test_paper_config_holds_the_values_of_the_paper() -> None:
         "mix_noise": 1,
         "whiten": False,
         "patch_fraction": 1.0,
+        "distance_weight": 0.0,
+        "averaging": False,
         "feature_cache_dtype": "float32",
         "margin": 0.5,
         "adapter_lr": 1e-4,
@@ -125,8 +128,9 @@ def test_jobs_of_a_benchmark_have_the_same_columns(path: Path) -> None:
     assert len({frozenset(flatten_dict(job)) for job in benchmark_jobs(path)}) == 1  # or anomalib loses all results
 
 
-def test_solar_cell_benchmark_uses_the_settings_of_the_edge_config() -> None:
-    model = benchmark_jobs(CONFIGS / "benchmark" / "elpv.yaml")[0]["model"]
+@pytest.mark.parametrize("name", OWN)
+def test_benchmarks_without_a_hub_use_the_settings_of_the_edge_config(name: str) -> None:
+    model = benchmark_jobs(CONFIGS / "benchmark" / f"{name}.yaml")[0]["model"]
     edge = yaml.safe_load((CONFIGS / "model" / "simplenet_edge.yaml").read_text())["model"]
     edge["init_args"].pop("pre_processor")  # which the pipeline cannot build
     assert OmegaConf.to_container(OmegaConf.create(model), resolve=True) == edge

@@ -35,8 +35,8 @@ def test_split_is_fixed_and_no_cell_is_in_two_parts(real: Path, tmp_path: Path) 
     quickstart.prepare_cells(tmp_path / "again", "mono")
     parts = ["train/good", "test/good", "test/defective"]
     names = {part: {path.name for path in (real / "mono" / part).iterdir()} for part in parts}
-    assert {part: len(found) for part, found in names.items()} == dict(zip(parts, (392, 196, 196), strict=True))
-    assert len(set.union(*names.values())) == 392 + 196 + 196
+    assert {part: len(found) for part, found in names.items()} == dict(zip(parts, (392, 196, 313), strict=True))
+    assert len(set.union(*names.values())) == 392 + 196 + 313
     assert all({path.name for path in (tmp_path / "again" / part).iterdir()} == names[part] for part in parts)
 
 

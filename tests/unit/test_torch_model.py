@@ -42,6 +42,7 @@ def train_a_little(model: SimpleNetModel, images: torch.Tensor) -> None:
         optimizer.zero_grad()
         (fake - real).mean().backward()
         optimizer.step()
+        model.average()
 
 
 def rows(embedding: torch.Tensor) -> torch.Tensor:
@@ -52,7 +53,9 @@ def plain_scores(model: SimpleNetModel, images: torch.Tensor) -> torch.Tensor:
     """Scores of patches without fusing anything, ``(N, h * w)``."""
     patches = rows(model.embed(images))
     white = model.whitening(patches) if model.whitening else patches
-    return -model.discriminator(model.adapter(white)).reshape(len(images), -1)
+    adapter, discriminator = model.averaged or (model.adapter, model.discriminator)
+    distance = white.norm(dim=1) / white.shape[1] ** 0.5
+    return (model.distance_weight * distance - discriminator(adapter(white))).reshape(len(images), -1)
 
 
 CONFIGURATIONS = {
@@ -62,12 +65,16 @@ CONFIGURATIONS = {
     "target_embed_dimension": st.sampled_from([None, 5, 23, 48, 70]),
     "layers": st.sampled_from([("early",), ("early", "late"), ("late", "early")]),
     "whiten": st.booleans(),
+    "distance_weight": st.sampled_from([0.0, 2.4]),
+    "averaging": st.booleans(),
 }
 
 
 def make_whitened(**arguments: object) -> SimpleNetModel:
     if arguments["discriminator_hidden"] is None and arguments["target_embed_dimension"] == 5:
         arguments["target_embed_dimension"] = 12
+    if not arguments["whiten"]:
+        arguments["distance_weight"] = 0.0
     model = make(TwoStages(), **arguments)
     if model.whitening:
         model.whitening.fit(model.whitening.moments([model.embed(torch.randn(4, 3, 32, 48))]))
@@ -130,6 +137,36 @@ def test_patch_fraction_trains_on_so_many_different_patches() -> None:
     assert len(some) == len(set(found.tolist())) == round(0.3 * 3 * 8 * 12)
     real, fake = model(images)
     assert real.shape == fake.shape == (len(some),)
+
+
+def test_averages_are_those_of_the_last_steps() -> None:
+    model = make(TwoStages(), layers=("early",), averaging=True)
+    tail, seen = model.discriminator.tail.weight, []
+    expected = None
+    for step in range(1, 200):
+        with torch.no_grad():
+            tail.normal_()
+        seen.append(tail.detach().clone())
+        model.average()
+        share = 4 / (step + 3)
+        expected = seen[-1] if expected is None else (1 - share) * expected + share * seen[-1]
+    _, averaged = model.averaged
+    torch.testing.assert_close(averaged.tail.weight, expected)
+    assert torch.equal(tail, seen[-1])
+
+
+def test_eval_mode_predicts_with_the_averaged_weights_once_there_are_any() -> None:
+    model, images = make(TwoStages(), layers=("early",), averaging=True), torch.randn(2, 3, 32, 48)
+    model.eval()
+    before = model(images).pred_score
+    torch.nn.init.normal_(model.discriminator.tail.weight)
+    model.fuse()
+    after = model(images).pred_score
+    assert not torch.allclose(after, before)
+    model.average()
+    torch.nn.init.zeros_(model.discriminator.tail.weight)
+    model.fuse()
+    torch.testing.assert_close(model(images).pred_score, after)
 
 
 def test_fused_head_follows_loading_and_training_and_is_no_part_of_the_state() -> None:
