@@ -60,7 +60,8 @@ class SimpleNet(AnomalibModule):
             ``("layer2", "layer3")``.
         pre_trained (bool): Whether to load the backbone's ImageNet weights. Defaults to ``True``.
         patch_size (int): Side of the neighbourhood pooled into a patch, odd. Defaults to ``3``.
-        pretrain_embed_dimension (int): What each layer's patches are pooled to. Defaults to ``1536``.
+        pretrain_embed_dimension (int | None): What each layer's patches are pooled to; ``None`` for its own number of
+            channels. Defaults to ``1536``.
         target_embed_dimension (int | None): Size of a patch embedding; ``None`` for the sum of the layers' channels.
             Defaults to ``1536``.
         adapter_layers (int): Linear layers of the adapter; ``0`` for none. Defaults to ``1``.
@@ -70,9 +71,10 @@ class SimpleNet(AnomalibModule):
         noise_std (float): Standard deviation of the noise that makes anomalies. Must suit the scale of the backbone's
             features. Defaults to ``0.015``.
         mix_noise (int): Number of noise scales, ``noise_std * 1.1**k``. Defaults to ``1``.
-        whiten (bool): Whether to whiten embeddings with the covariance of the training set's, taken in one more pass
-            over it before training. Makes ``noise_std`` a share of their deviation, whatever the backbone. Not in the
-            paper. Defaults to ``False``.
+        whiten (bool | str): Whether to whiten embeddings with the covariance of the training set's, taken in one more
+            pass over it before training. Makes ``noise_std`` a share of their deviation, whatever the backbone.
+            ``"local"`` does so in each region of the image for itself, for images that are all taken alike; those to
+            predict must then have the size of training's. Not in the paper. Defaults to ``False``.
         patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on.
             Defaults to ``1.0``, all.
         distance_weight (float): How much the distance of a whitened embedding from the training set's mean, divided by
@@ -116,14 +118,14 @@ class SimpleNet(AnomalibModule):
         layers: Sequence[str] = ("layer2", "layer3"),
         pre_trained: bool = True,
         patch_size: int = 3,
-        pretrain_embed_dimension: int = 1536,
+        pretrain_embed_dimension: int | None = 1536,
         target_embed_dimension: int | None = 1536,
         adapter_layers: int = 1,
         discriminator_layers: int = 2,
         discriminator_hidden: int | None = 1024,
         noise_std: float = 0.015,
         mix_noise: int = 1,
-        whiten: bool = False,
+        whiten: bool | Literal["local"] = False,
         patch_fraction: float = 1.0,
         distance_weight: float = 0.0,
         averaging: bool = True,

@@ -1,7 +1,8 @@
 """SimpleNet in plain PyTorch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
+from typing import Literal
 
 import torch
 from anomalib.data import InferenceBatch
@@ -14,6 +15,7 @@ from .components import (
     Discriminator,
     FeatureExtractor,
     FusedHead,
+    LocalWhitening,
     PatchAggregation,
     Whitening,
 )
@@ -29,7 +31,8 @@ class SimpleNetModel(nn.Module):
             ``("layer2", "layer3")``.
         pre_trained (bool): Whether to load the backbone's ImageNet weights. Defaults to ``True``.
         patch_size (int): Side of the neighbourhood pooled into a patch, odd. Defaults to ``3``.
-        pretrain_embed_dimension (int): What each layer's patches are pooled to. Defaults to ``1536``.
+        pretrain_embed_dimension (int | None): What each layer's patches are pooled to; ``None`` for its own number of
+            channels. Defaults to ``1536``.
         target_embed_dimension (int | None): Size of a patch embedding; ``None`` for the sum of the layers' channels.
             Defaults to ``1536``.
         adapter_layers (int): Linear layers of the adapter; ``0`` for none. Defaults to ``1``.
@@ -38,8 +41,9 @@ class SimpleNetModel(nn.Module):
             Defaults to ``1024``.
         noise_std (float): Standard deviation of the noise that makes anomalies. Defaults to ``0.015``.
         mix_noise (int): Number of noise scales, ``noise_std * 1.1**k``. Defaults to ``1``.
-        whiten (bool): Whether to whiten embeddings with the covariance of normal ones, which makes ``noise_std`` a
-            share of their deviation. Not in the paper. Defaults to ``False``.
+        whiten (bool | str): Whether to whiten embeddings with the covariance of normal ones, which makes ``noise_std``
+            a share of their deviation; ``"local"`` for a mean of each position and a covariance of each block of
+            positions. Not in the paper. Defaults to ``False``.
         patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on.
             Defaults to ``1.0``, all.
         distance_weight (float): How much the distance of a whitened embedding from the mean, divided by the square root
@@ -50,7 +54,7 @@ class SimpleNetModel(nn.Module):
     Attributes:
         feature_extractor (FeatureExtractor): Frozen backbone.
         patch_aggregation (PatchAggregation): Feature maps to patch embeddings.
-        whitening (Whitening | None): Fitted before training, if asked for.
+        whitening (Whitening | LocalWhitening | None): Fitted before training, if asked for.
         adapter (Adapter): Trained.
         anomaly_generator (AnomalyGenerator): Adds the noise.
         discriminator (Discriminator): Trained.
@@ -71,14 +75,14 @@ class SimpleNetModel(nn.Module):
         layers: Sequence[str] = ("layer2", "layer3"),
         pre_trained: bool = True,
         patch_size: int = 3,
-        pretrain_embed_dimension: int = 1536,
+        pretrain_embed_dimension: int | None = 1536,
         target_embed_dimension: int | None = 1536,
         adapter_layers: int = 1,
         discriminator_layers: int = 2,
         discriminator_hidden: int | None = 1024,
         noise_std: float = 0.015,
         mix_noise: int = 1,
-        whiten: bool = False,
+        whiten: bool | Literal["local"] = False,
         patch_fraction: float = 1.0,
         distance_weight: float = 0.0,
         averaging: bool = False,
@@ -86,6 +90,9 @@ class SimpleNetModel(nn.Module):
         super().__init__()
         if not distance_weight >= 0:
             msg = f"distance_weight is {distance_weight}, expected 0 (no distance) or more."
+            raise ValueError(msg)
+        if not (isinstance(whiten, bool) or whiten == "local"):
+            msg = f"whiten is {whiten!r}, expected True, False or 'local'."
             raise ValueError(msg)
         if distance_weight and not whiten:
             msg = f"distance_weight is {distance_weight}, but distances need whitened embeddings: set whiten to true."
@@ -99,7 +106,9 @@ class SimpleNetModel(nn.Module):
         channels = self.feature_extractor.channels
         dimension = sum(channels) if target_embed_dimension is None else target_embed_dimension
         self.patch_aggregation = PatchAggregation(channels, patch_size, pretrain_embed_dimension, dimension)
-        self.whitening = Whitening(dimension) if whiten else None
+        self.whitening: Whitening | LocalWhitening | None = None
+        if whiten:
+            self.whitening = (LocalWhitening if whiten == "local" else Whitening)(dimension)
         self.adapter = Adapter(dimension, adapter_layers)
         self.anomaly_generator = AnomalyGenerator(noise_std, mix_noise)
         self.discriminator = Discriminator(dimension, discriminator_layers, discriminator_hidden)
@@ -126,13 +135,19 @@ class SimpleNetModel(nn.Module):
         adapter, discriminator = self.adapter, self.discriminator
         if self.averaged is not None and self.averaged_steps:
             adapter, discriminator = self.averaged
-        segments = self.patch_aggregation.segments
+        segments = [slice(None)] if isinstance(self.whitening, LocalWhitening) else self.patch_aggregation.segments
         linear = self._linear(adapter)
         self.fused_head = FusedHead(linear, discriminator, segments, self.whitening, self.distance_weight).eval()
 
     def _linear(self, adapter: nn.Module) -> list[nn.Linear]:
-        """What stands between embedding and discriminator."""
-        return [*([self.whitening] if self.whitening else []), *adapter]
+        """What stands between pooled maps (:meth:`_pooled`) and discriminator."""
+        return [*([self.whitening] if isinstance(self.whitening, Whitening) else []), *adapter]
+
+    def _pooled(self, features: Sequence[torch.Tensor]) -> Iterable[torch.Tensor]:
+        """Contributions to the embedding, on each layer's own grid, or the locally whitened embedding."""
+        if isinstance(self.whitening, LocalWhitening):
+            return [self.whitening(self.patch_aggregation(features))]
+        return self.patch_aggregation.pool(features)
 
     @torch.no_grad()
     def average(self) -> None:
@@ -182,8 +197,10 @@ class SimpleNetModel(nn.Module):
         if self.patch_fraction < 1:
             hidden = nn.functional.linear(self._some_patches(features), weight, bias)
         else:
-            weights = [weight[:, segment, None, None] for segment in self.patch_aggregation.segments]
-            grid = project(self.patch_aggregation.pool(features), weights, bias)
+            local = isinstance(self.whitening, LocalWhitening)
+            segments = [slice(None)] if local else self.patch_aggregation.segments
+            weights = [weight[:, segment, None, None] for segment in segments]
+            grid = project(self._pooled(features), weights, bias)
             hidden = grid.permute(0, 2, 3, 1).flatten(0, 2)
         noise = self.anomaly_generator(hidden.new_zeros(()).expand(len(hidden), first.in_features))
         noisy = torch.addmm(hidden, noise, first.weight.T)
@@ -193,6 +210,8 @@ class SimpleNetModel(nn.Module):
 
     def _some_patches(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         embedding = self.patch_aggregation(features)
+        if isinstance(self.whitening, LocalWhitening):
+            embedding = self.whitening(embedding)
         images, _, _, width = embedding.shape
         total = images * embedding.shape[2:].numel()
         chosen = torch.randperm(total, device=embedding.device)[: max(1, round(self.patch_fraction * total))]
@@ -214,7 +233,7 @@ class SimpleNetModel(nn.Module):
         if self.training:
             return self.discriminate(features)
 
-        patch_scores = -self.fused_head(self.patch_aggregation.pool(features)).float()  # type: ignore[misc]
+        patch_scores = -self.fused_head(self._pooled(features)).float()  # type: ignore[misc]
         return InferenceBatch(
             pred_score=patch_scores.amax(dim=(1, 2, 3)),
             anomaly_map=self.anomaly_map_generator(patch_scores, images.shape[-2:]),

@@ -7,7 +7,7 @@ from .discriminator import Discriminator
 from .feature_extractor import FeatureExtractor, PretrainedWeightsError
 from .fused_head import FusedHead
 from .patch_aggregation import PatchAggregation
-from .whitening import Whitening
+from .whitening import LocalWhitening, Whitening
 
 __all__ = [
     "Adapter",
@@ -16,6 +16,7 @@ __all__ = [
     "Discriminator",
     "FeatureExtractor",
     "FusedHead",
+    "LocalWhitening",
     "PatchAggregation",
     "PretrainedWeightsError",
     "Whitening",

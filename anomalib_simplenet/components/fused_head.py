@@ -21,7 +21,8 @@ class FusedHead(nn.Module):
         linear (Sequence[nn.Linear]): What stands before the discriminator: whitening and adapter.
         discriminator (Discriminator): Trained discriminator.
         segments (Sequence[slice]): The part of the embedding that each layer contributes to.
-        whitening (nn.Linear | None): Whitening, to weigh the distance with. Defaults to ``None``.
+        whitening (nn.Module | None): Whitening: linear and the first of ``linear``, or local and applied before.
+            Defaults to ``None``.
         distance_weight (float): Weight of the whitened embedding's norm. Defaults to ``0.0``.
     """
 
@@ -30,7 +31,7 @@ class FusedHead(nn.Module):
         linear: Sequence[nn.Linear],
         discriminator: Discriminator,
         segments: Sequence[slice],
-        whitening: nn.Linear | None = None,
+        whitening: nn.Module | None = None,
         distance_weight: float = 0.0,
     ) -> None:
         super().__init__()
@@ -39,12 +40,11 @@ class FusedHead(nn.Module):
         affine = _fold([*linear, *(layer for block in discriminator.body for layer in block), discriminator.tail])
         self.depth = len(affine)
         self.hidden = len(affine[0][0])
-        self.measures_distance = whitening is not None and distance_weight > 0
-        if whitening is not None and distance_weight > 0:
-            # Rows of the same product, scaled so that their norm is the weighted distance.
-            scale = distance_weight / whitening.out_features**0.5
+        self.scale = 0.0 if whitening is None else distance_weight / whitening.out_features**0.5
+        self.whitens = isinstance(whitening, nn.Linear) and self.scale > 0
+        if self.whitens:  # with rows of the same product
             weight, bias = _fold([whitening])[0]
-            affine[0] = (torch.cat([affine[0][0], scale * weight]), torch.cat([affine[0][1], scale * bias]))
+            affine[0] = (torch.cat([affine[0][0], weight]), torch.cat([affine[0][1], bias]))
         for index, (weight, bias) in enumerate(affine):
             columns = segments if index == 0 else [slice(None)]
             for part, segment in enumerate(columns):
@@ -61,11 +61,12 @@ class FusedHead(nn.Module):
         Returns:
             torch.Tensor: Scores of shape ``(N, 1, h, w)`` on the grid of the first layer; high for normal patches.
         """
+        if self.scale and not self.whitens:
+            pooled = [white] = list(pooled)
         scores = project(pooled, [getattr(self, f"weight_0_{part}") for part in range(self.parts)], self.bias_0)
-        distance: torch.Tensor | float = 0.0
-        if self.measures_distance:
-            distance = scores[:, self.hidden :].square().sum(dim=1, keepdim=True).sqrt()
-            scores = scores[:, : self.hidden]
+        if self.whitens:
+            scores, white = scores[:, : self.hidden], scores[:, self.hidden :]
+        distance = self.scale * white.square().sum(dim=1, keepdim=True).sqrt() if self.scale else 0.0
         for index in range(1, self.depth):
             scores = leaky_relu(scores, Discriminator.NEGATIVE_SLOPE)
             scores = F.conv2d(scores, getattr(self, f"weight_{index}_0"), getattr(self, f"bias_{index}"))

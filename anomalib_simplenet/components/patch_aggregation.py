@@ -21,7 +21,8 @@ class PatchAggregation(nn.Module):
     Args:
         channels (Sequence[int]): Channels of each layer's map.
         patch_size (int): Side of the neighbourhood, odd. Defaults to ``3``.
-        pretrain_embed_dimension (int): What each layer is pooled to. Defaults to ``1536``.
+        pretrain_embed_dimension (int | None): What each layer is pooled to; ``None`` for its own number of channels,
+            which leaves each channel's mean over the neighbourhood. Defaults to ``1536``.
         target_embed_dimension (int): Size of the embedding. Defaults to ``1536``.
 
     Attributes:
@@ -36,7 +37,7 @@ class PatchAggregation(nn.Module):
         self,
         channels: Sequence[int],
         patch_size: int = 3,
-        pretrain_embed_dimension: int = 1536,
+        pretrain_embed_dimension: int | None = 1536,
         target_embed_dimension: int = 1536,
     ) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class PatchAggregation(nn.Module):
             ("pretrain_embed_dimension", pretrain_embed_dimension),
             ("target_embed_dimension", target_embed_dimension),
         ):
-            if value < 1:
+            if value is not None and value < 1:
                 msg = f"{name} is {value}, expected 1 or more (the paper's is 1536)."
                 raise ValueError(msg)
         self.dimension = target_embed_dimension
@@ -55,12 +56,12 @@ class PatchAggregation(nn.Module):
         self.segments: list[slice] = []
         self.groups: list[int] = []
 
-        concatenated = pretrain_embed_dimension * len(channels)
-        target_windows = _pooling_windows(concatenated, target_embed_dimension)
-        for index, layer_channels in enumerate(channels):
+        sizes = [pretrain_embed_dimension or layer_channels for layer_channels in channels]
+        target_windows = _pooling_windows(sum(sizes), target_embed_dimension)
+        for index, (layer_channels, size) in enumerate(zip(channels, sizes, strict=True)):
             flat = layer_channels * patch_size**2
-            offset = index * pretrain_embed_dimension
-            pooled = _pooling_matrix(_pooling_windows(flat, pretrain_embed_dimension), flat)
+            offset = sum(sizes[:index])
+            pooled = _pooling_matrix(_pooling_windows(flat, size), flat)
             segment, weight = _pool_rows(pooled, target_windows, offset)
             weight = weight.reshape(-1, layer_channels, patch_size, patch_size)
             groups, weight = _group(weight)

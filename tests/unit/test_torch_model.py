@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from anomalib_simplenet.components import FeatureExtractor, PretrainedWeightsError
+from anomalib_simplenet.components import FeatureExtractor, LocalWhitening, PretrainedWeightsError
 from anomalib_simplenet.loss import TruncatedL1Loss
 from anomalib_simplenet.torch_model import SimpleNetModel
 
@@ -49,10 +49,16 @@ def rows(embedding: torch.Tensor) -> torch.Tensor:
     return embedding.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def whitened(model: SimpleNetModel, images: torch.Tensor) -> torch.Tensor:
+    embedding = model.embed(images)
+    if isinstance(model.whitening, LocalWhitening):
+        return rows(model.whitening(embedding))
+    return model.whitening(rows(embedding)) if model.whitening else rows(embedding)
+
+
 def plain_scores(model: SimpleNetModel, images: torch.Tensor) -> torch.Tensor:
     """Scores of patches without fusing anything, ``(N, h * w)``."""
-    patches = rows(model.embed(images))
-    white = model.whitening(patches) if model.whitening else patches
+    white = whitened(model, images)
     adapter, discriminator = model.averaged or (model.adapter, model.discriminator)
     distance = white.norm(dim=1) / white.shape[1] ** 0.5
     return (model.distance_weight * distance - discriminator(adapter(white))).reshape(len(images), -1)
@@ -62,9 +68,10 @@ CONFIGURATIONS = {
     "adapter_layers": st.integers(0, 2),
     "discriminator_layers": st.integers(1, 3),
     "discriminator_hidden": st.sampled_from([None, 8]),
+    "pretrain_embed_dimension": st.sampled_from([None, 24]),
     "target_embed_dimension": st.sampled_from([None, 5, 23, 48, 70]),
     "layers": st.sampled_from([("early",), ("early", "late"), ("late", "early")]),
-    "whiten": st.booleans(),
+    "whiten": st.sampled_from([False, True, "local"]),
     "distance_weight": st.sampled_from([0.0, 2.4]),
     "averaging": st.booleans(),
 }
@@ -101,8 +108,7 @@ def test_training_step_equals_the_plain_path(**arguments: object) -> None:
     torch.manual_seed(1)
     real, fake = model(images)
     torch.manual_seed(1)
-    patches = rows(plain.embed(images))
-    adapted = plain.adapter(plain.whitening(patches) if plain.whitening else patches)
+    adapted = plain.adapter(whitened(plain, images))
     expected = plain.discriminator(torch.cat([adapted, plain.anomaly_generator(adapted)]))
     torch.testing.assert_close(torch.cat([real, fake]), expected, rtol=1e-4, atol=1e-4)
     (fake.square().mean() - real.mean()).backward()
