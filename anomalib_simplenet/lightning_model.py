@@ -73,12 +73,14 @@ class SimpleNet(AnomalibModule):
         mix_noise (int): Number of noise scales, ``noise_std * 1.1**k``. Defaults to ``1``.
         whiten (bool | str): Whether to whiten embeddings with the covariance of the training set's, taken in one more
             pass over it before training. Makes ``noise_std`` a share of their deviation, whatever the backbone.
-            ``"local"`` does so in each region of the image for itself, for images that are all taken alike; those to
+            ``"local"`` does so at each position of the image for itself, for images that are all taken alike; those to
             predict must then have the size of training's. Not in the paper. Defaults to ``False``.
         patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on.
             Defaults to ``1.0``, all.
         distance_weight (float): How much the distance of a whitened embedding from the training set's mean, divided by
             the square root of its size, adds to a patch's score. Not in the paper. Defaults to ``0.0``.
+        top_patches (int): How many of an image's highest patches make its score, by their mean; the paper's is the
+            highest alone. Defaults to ``1``.
         averaging (bool): Whether to predict with the average of the weights over about the last quarter of training
             instead of those of the last step, as in the paper. Defaults to ``True``.
         feature_cache (bool | str): Whether to keep the backbone's feature maps of the training images in the main
@@ -128,6 +130,7 @@ class SimpleNet(AnomalibModule):
         whiten: bool | Literal["local"] = False,
         patch_fraction: float = 1.0,
         distance_weight: float = 0.0,
+        top_patches: int = 1,
         averaging: bool = True,
         feature_cache: bool | Literal["auto"] = "auto",
         feature_cache_memory: float | None = None,
@@ -182,6 +185,7 @@ class SimpleNet(AnomalibModule):
             whiten=whiten,
             patch_fraction=patch_fraction,
             distance_weight=distance_weight,
+            top_patches=top_patches,
             averaging=averaging,
         )
         self._match_export_to_training()
@@ -341,7 +345,11 @@ class SimpleNet(AnomalibModule):
         """Take the checkpoint's architecture where the model was built with another one."""
         super().on_load_checkpoint(checkpoint)
         self._match_export_to_training()
-        older = {"distance_weight": 0.0, "averaging": False}  # what checkpoints of 0.1 were trained with
+        older = {
+            "distance_weight": 0.0,
+            "top_patches": 1,
+            "averaging": False,
+        }  # what checkpoints of 0.1 were trained with
         saved = {**older, **checkpoint.get("hyper_parameters", {})}
         if "model.discriminator.tail.weight" not in checkpoint["state_dict"] or "adapter_layers" not in saved:
             msg = (

@@ -42,12 +42,13 @@ class SimpleNetModel(nn.Module):
         noise_std (float): Standard deviation of the noise that makes anomalies. Defaults to ``0.015``.
         mix_noise (int): Number of noise scales, ``noise_std * 1.1**k``. Defaults to ``1``.
         whiten (bool | str): Whether to whiten embeddings with the covariance of normal ones, which makes ``noise_std``
-            a share of their deviation; ``"local"`` for a mean of each position and a covariance of each block of
-            positions. Not in the paper. Defaults to ``False``.
+            a share of their deviation; ``"local"`` for a mean and a covariance of each position. Not in the paper.
+            Defaults to ``False``.
         patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on.
             Defaults to ``1.0``, all.
         distance_weight (float): How much the distance of a whitened embedding from the mean, divided by the square root
             of its size, adds to a patch's score. Not in the paper. Defaults to ``0.0``.
+        top_patches (int): How many of an image's highest patches make its score, by their mean. Defaults to ``1``.
         averaging (bool): Whether eval mode takes the average of adapter and discriminator over the last steps that
             :meth:`average` keeps. Not in the paper. Defaults to ``False``.
 
@@ -85,6 +86,7 @@ class SimpleNetModel(nn.Module):
         whiten: bool | Literal["local"] = False,
         patch_fraction: float = 1.0,
         distance_weight: float = 0.0,
+        top_patches: int = 1,
         averaging: bool = False,
     ) -> None:
         super().__init__()
@@ -98,6 +100,10 @@ class SimpleNetModel(nn.Module):
             msg = f"distance_weight is {distance_weight}, but distances need whitened embeddings: set whiten to true."
             raise ValueError(msg)
         self.distance_weight = distance_weight
+        if top_patches < 1:
+            msg = f"top_patches is {top_patches}, expected 1 (the highest patch) or more."
+            raise ValueError(msg)
+        self.top_patches = top_patches
         if not 0 < patch_fraction <= 1:
             msg = f"patch_fraction is {patch_fraction}, expected a number above 0, up to 1 (all patches)."
             raise ValueError(msg)
@@ -226,8 +232,8 @@ class SimpleNetModel(nn.Module):
 
         Returns:
             tuple[torch.Tensor, torch.Tensor] | InferenceBatch: In training mode what :meth:`discriminate` gives. In
-            eval mode, unbounded and higher for more anomalous: ``pred_score`` ``(N,)``, the highest score of any patch,
-            and ``anomaly_map`` ``(N, 1, H, W)``, the patches' scores resized and smoothed.
+            eval mode, unbounded and higher for more anomalous: ``pred_score`` ``(N,)``, the mean of the highest
+            ``top_patches``, and ``anomaly_map`` ``(N, 1, H, W)``, the patches' scores resized and smoothed.
         """
         features = self.extract(images)
         if self.training:
@@ -235,9 +241,14 @@ class SimpleNetModel(nn.Module):
 
         patch_scores = -self.fused_head(self._pooled(features)).float()  # type: ignore[misc]
         return InferenceBatch(
-            pred_score=patch_scores.amax(dim=(1, 2, 3)),
+            pred_score=self._image_score(patch_scores.flatten(1)),
             anomaly_map=self.anomaly_map_generator(patch_scores, images.shape[-2:]),
         )
+
+    def _image_score(self, patch_scores: torch.Tensor) -> torch.Tensor:
+        if self.top_patches == 1:
+            return patch_scores.amax(dim=1)
+        return patch_scores.topk(min(self.top_patches, patch_scores.shape[1]), dim=1).values.mean(dim=1)
 
 
 def _compose(layers: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 
-REGULARISATION = 1e-2  # of the mean variance: keeps directions without information from being blown up
+# Of the mean variance: keeps directions without information from being blown up.
+REGULARISATION = 1e-2
+LOCAL_REGULARISATION = 1e-3
 
 
 class Whitening(nn.Linear):
@@ -50,18 +51,18 @@ class Whitening(nn.Linear):
         """Take mean and covariance from :meth:`moments`."""
         mean = moments[0, 1:] / moments[0, 0]
         covariance = moments[1:, 1:] / moments[0, 0] - torch.outer(mean, mean)
-        weight = _inverse_root(covariance)
+        weight = _inverse_root(covariance, REGULARISATION)
         self.weight.copy_(weight)
         self.bias.copy_(-weight @ mean)
         self.fitted.fill_(True)
 
 
 class LocalWhitening(nn.Module):
-    """Whiten maps of embeddings with a mean of each position and a covariance of each block of positions.
+    """Whiten each position of maps of embeddings with a mean and a covariance of its own.
 
-    What is normal differs over the image where all images are taken alike (Padim, arXiv 2011.08785). A block's
-    covariance is drawn towards that of all blocks the more, the fewer patches it was taken from. The identity until
-    :meth:`fit` was called; never trained.
+    What is normal differs over the image where all images are taken alike (Padim, arXiv 2011.08785). Each covariance is
+    drawn towards the mean of all, the more, the fewer images it was taken from. The identity until :meth:`fit` was
+    called; never trained.
 
     Args:
         dimension (int): Size of a patch embedding.
@@ -69,10 +70,8 @@ class LocalWhitening(nn.Module):
     Attributes:
         fitted (torch.Tensor): Whether :meth:`fit` was called, bool.
         mean (torch.Tensor): ``(dimension, h, w)``.
-        weight (torch.Tensor): A symmetric matrix for each block, row by row, ``(blocks, dimension, dimension)``.
+        weight (torch.Tensor): A symmetric matrix for each position, row by row, ``(h * w, dimension, dimension)``.
     """
-
-    BLOCK = 2  # positions a side
 
     def __init__(self, dimension: int) -> None:
         super().__init__()
@@ -106,19 +105,8 @@ class LocalWhitening(nn.Module):
                 'in training: with whiten "local" all images must have one size. Resize them in the pre_processor.'
             )
             raise ValueError(msg)
-        white = self._blocks(embedding - self.mean) @ self.weight
-        rows, columns, block = -(-height // self.BLOCK), -(-width // self.BLOCK), self.BLOCK
-        white = white.view(rows, columns, -1, block, block, self.out_features).permute(2, 5, 0, 3, 1, 4)
-        return white.reshape(-1, self.out_features, rows * block, columns * block)[..., :height, :width]
-
-    def _blocks(self, maps: torch.Tensor) -> torch.Tensor:
-        """Patches of each block, ``(blocks, N * BLOCK * BLOCK, dimension)``; zeros fill up those at the border."""
-        block = self.BLOCK
-        height, width = maps.shape[-2:]
-        maps = F.pad(maps, (0, -width % block, 0, -height % block))
-        rows, columns = maps.shape[2] // block, maps.shape[3] // block
-        maps = maps.view(-1, self.out_features, rows, block, columns, block).permute(2, 4, 0, 3, 5, 1)
-        return maps.reshape(rows * columns, -1, self.out_features)
+        white = _positions(embedding - self.mean) @ self.weight
+        return white.permute(1, 2, 0).reshape(-1, self.out_features, height, width)
 
     def moments(self, embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
         """Moments of maps; those of several sets add up.
@@ -127,13 +115,13 @@ class LocalWhitening(nn.Module):
             embeddings (Iterable[torch.Tensor]): Of batches, of shape ``(N, dimension, h, w)`` each.
 
         Returns:
-            torch.Tensor: Count of images, sum of each position and sum of outer products of each block, in one row and
+            torch.Tensor: Count of images, and of each position the sum and the sum of outer products, in one row and
             double precision.
         """
         count, sums, products = 0, torch.zeros(()), torch.zeros(())
         for embedding in embeddings:
             self.mean = self.mean.new_zeros(embedding.shape[1:])
-            patches = self._blocks(embedding.float())
+            patches = _positions(embedding.float())
             count += len(embedding)
             sums = sums + embedding.double().sum(dim=0).cpu()
             products = products + (patches.mT @ patches).double().cpu()
@@ -151,15 +139,12 @@ class LocalWhitening(nn.Module):
         count, places = moments[0], self.mean.numel()
         mean = (moments[1 : 1 + places] / count).view(self.mean.shape)
         products = moments[1 + places :].view(-1, self.out_features, self.out_features)
-        means = self._blocks(mean[None])  # blocks, positions, dimension
-        inside = self._blocks(torch.ones_like(mean)[None])[..., 0].sum(dim=1)[:, None, None]  # positions of a block
-        scatter = products - count * means.mT @ means
-        samples = (count - 1) * inside
-        covariance = scatter.sum(dim=0) / samples.sum()
-        share = self.out_features / (self.out_features + samples)
-        local = (1 - share) * scatter / samples + share * covariance
+        means = _positions(mean[None])
+        local = (products - count * means.mT @ means) / (count - 1)
+        share = self.out_features / (self.out_features + 4 * count)
+        shrunk = local.lerp_(local.mean(dim=0), share)
         self.mean = mean.to(self.mean)
-        self.weight = torch.stack([_inverse_root(each) for each in local]).to(self.weight)
+        self.weight = torch.stack([_inverse_root(each, LOCAL_REGULARISATION).to(self.weight) for each in shrunk])
         self.fitted.fill_(True)
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:  # noqa: ANN401
@@ -170,8 +155,13 @@ class LocalWhitening(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _inverse_root(covariance: torch.Tensor) -> torch.Tensor:
+def _positions(maps: torch.Tensor) -> torch.Tensor:
+    """Patches of each position, ``(h * w, N, dimension)``."""
+    return maps.flatten(2).permute(2, 0, 1)
+
+
+def _inverse_root(covariance: torch.Tensor, regularisation: float) -> torch.Tensor:
     """Inverse square root, symmetric."""
     variance, directions = torch.linalg.eigh(covariance)
-    scale = (variance.clamp(min=0) + REGULARISATION * variance.mean()).rsqrt()
+    scale = (variance.clamp(min=0) + regularisation * variance.mean()).rsqrt()
     return directions * scale @ directions.T

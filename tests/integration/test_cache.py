@@ -292,6 +292,7 @@ def test_where_images_may_change_or_maps_do_not_fit_auto_is_off_and_true_raises(
         ({"patch_fraction": 0}, "patch_fraction is 0, expected a number above 0, up to 1"),
         ({"patch_fraction": 1.5}, "patch_fraction is 1.5, expected"),
         ({"distance_weight": -1, "whiten": True}, "distance_weight is -1, expected 0"),
+        ({"top_patches": 0}, "top_patches is 0, expected 1"),
         ({"distance_weight": 2.4}, "distance_weight is 2.4, .* set whiten to true"),
     ],
 )

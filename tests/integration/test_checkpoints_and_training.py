@@ -243,7 +243,7 @@ def test_a_checkpoint_from_before_averaging_loads(pictures: Path, tmp_path: Path
     engine.fit(model, datamodule=folder_data(pictures))
     path = tmp_path / "old.ckpt"
     checkpoint = torch.load(engine.trainer.checkpoint_callback.best_model_path, weights_only=True)
-    for name in ("averaging", "distance_weight"):
+    for name in ("averaging", "distance_weight", "top_patches"):
         del checkpoint["hyper_parameters"][name]
     torch.save(checkpoint, path)
     loaded = SimpleNet.load_from_checkpoint(path).eval()

@@ -93,6 +93,7 @@ def test_paper_config_holds_the_values_of_the_paper() -> None:
         "whiten": False,
         "patch_fraction": 1.0,
         "distance_weight": 0.0,
+        "top_patches": 1,
         "averaging": False,
         "feature_cache_dtype": "float32",
         "margin": 0.5,
