@@ -30,7 +30,14 @@ from torchmetrics import Metric
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from tqdm.auto import tqdm
 
-from .export import exportable_transform, keep_float32, prepend_resize, split_resize
+from .export import (
+    exportable_transform,
+    head_operations,
+    keep_float32,
+    prepend_resize,
+    quantize,
+    split_resize,
+)
 from .feature_cache import DTYPES, CachedBatch, FeatureCache, make_feature_cache
 from .loss import TruncatedL1Loss
 from .registry import register
@@ -401,14 +408,15 @@ class SimpleNet(AnomalibModule):
         compression_type: CompressionType | None = None,
         datamodule: AnomalibDataModule | None = None,
         metric: Metric | None = None,
-        task: TaskType | None = None,
+        task: TaskType | None = None,  # noqa: ARG002
         max_drop: float = 0.01,
         ov_kwargs: dict[str, Any] | None = None,
         onnx_kwargs: dict[str, Any] | None = None,
     ) -> Path:
         """Export to OpenVINO as anomalib does, but with the resize of training, and computing in float32.
 
-        The arguments are those of :meth:`anomalib.models.AnomalibModule.to_openvino`.
+        The arguments are those of :meth:`anomalib.models.AnomalibModule.to_openvino`; ``task`` is not used. Of the
+        types of compression, those to eight bits touch the backbone alone (:func:`anomalib_simplenet.export.quantize`).
 
         Returns:
             Path: The ``.xml`` file, in ``weights/openvino`` under ``export_root``.
@@ -426,12 +434,12 @@ class SimpleNet(AnomalibModule):
                 if resized:
                     self.pre_processor.export_transform = transform
             model = ov.convert_model(onnx, **(ov_kwargs or {}))
+            head = head_operations(onnx)
         if resized:
             model = prepend_resize(model, input_size)
-        if compression_type in {None, CompressionType.FP16}:
-            keep_float32(model)
-        else:
-            model = self._compress_ov_model(model, compression_type, datamodule, metric, task, max_drop)
+        if compression_type not in {None, CompressionType.FP16}:
+            model = quantize(model, compression_type, head, datamodule, metric, max_drop)
+        keep_float32(model)
         path = Path(export_root) / "weights" / "openvino" / f"{model_file_name}.xml"
         path.parent.mkdir(parents=True, exist_ok=True)
         ov.save_model(model, path, compress_to_fp16=compression_type == CompressionType.FP16)

@@ -6,6 +6,8 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+from anomalib.deploy import CompressionType
+from anomalib.metrics import AUROC
 from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
@@ -13,7 +15,7 @@ from anomalib_simplenet import SimpleNet
 from anomalib_simplenet.components.traceable import leaky_relu, resize_by_product
 from anomalib_simplenet.export import exportable_transform
 
-from .conftest import tiny_model
+from .conftest import folder_data, tiny_model
 
 NORMALIZE = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
@@ -60,6 +62,33 @@ def test_leaky_relu_is_the_same_while_a_graph_is_traced() -> None:
     features = torch.randn(100)
     traced = torch.export.export(Activation(), (features,)).module()
     torch.testing.assert_close(traced(features), torch.nn.functional.leaky_relu(features, 0.2))
+
+
+@pytest.mark.parametrize("kind", [CompressionType.INT8, CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
+def test_eight_bits_are_for_the_backbone_alone(pictures: Path, tmp_path: Path, kind: CompressionType) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(layers=["layer1", "layer2"], adapter_layers=1, post_processor=False)
+    model.model(torch.randn(2, 3, 64, 64))
+    data = folder_data(pictures, val_split_mode="same_as_test")
+    quality = AUROC(fields=["anomaly_map", "gt_mask"])
+    path = model.eval().to_openvino(tmp_path, compression_type=kind, datamodule=data, metric=quality)
+    graph = ov.Core().read_model(path)
+    stored = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
+    eight_bits = [node for node in stored if node.get_element_type() in {ov.Type.i8, ov.Type.u8}]
+    large = [node for node in eight_bits if len(node.get_output_shape(0)) == 4]
+    backbone = [m for m in model.model.feature_extractor.modules() if isinstance(m, torch.nn.Conv2d)]
+    weights = sorted(tuple(m.weight.shape) for m in backbone)
+    kept = sorted(tuple(node.get_output_shape(0)) for node in large if np.prod(node.get_output_shape(0)[1:]) > 1)
+    assert kept == weights[: len(kept)] if kind == CompressionType.INT8_ACQ else kept == weights
+    images = torch.rand(3, 3, 150, 170)
+    answer = ov.Core().compile_model(path, "CPU")(images.numpy())
+    np.testing.assert_allclose(answer["pred_score"], model(images).pred_score.detach(), atol=0.5)
+
+
+def test_quantising_needs_images(tmp_path: Path) -> None:
+    model = tiny_model().eval()
+    with pytest.raises(ValueError, match="INT8_PTQ needs images to calibrate: pass --data"):
+        model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
 
 
 def test_what_is_exported_is_the_fused_graph(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""What each kind of OpenVINO export costs in accuracy, and saves in size and time.
+
+    python tests/benchmarks/deployment.py --ckpt_path model.ckpt --data configs/data/elpv.yaml
+
+Exports a checkpoint in every ``compression_type`` and compares each file with the checkpoint on the test images that
+calibrated nothing: image AUROC, scores, labels. Latency (one image at a time) and throughput come from OpenVINO's
+``benchmark_app``, files in turns, as multiples of those of the export without compression.
+"""
+
+import argparse
+import logging
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import torch
+from anomalib.data import AnomalibDataModule, ImageBatch, InferenceBatch
+from anomalib.deploy import CompressionType
+from jsonargparse import ArgumentParser
+from measure import save, show
+from torchmetrics.functional.classification import binary_auroc
+
+from anomalib_simplenet import SimpleNet
+
+TYPES = ["none", *(kind.value for kind in CompressionType)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt_path", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="file as those of configs/data")
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
+    parser.add_argument("--seconds", type=int, default=5, help="of each run of benchmark_app")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    reader = ArgumentParser()
+    reader.add_subclass_arguments(AnomalibDataModule, "data")
+    datamodule = reader.instantiate_classes(reader.parse_args([f"--data={args.data}"])).data
+    model = SimpleNet.load_from_checkpoint(args.ckpt_path, map_location="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name in args.types:
+            kind = None if name == "none" else CompressionType(name)
+            files[name] = model.to_openvino(Path(folder) / name, compression_type=kind, datamodule=datamodule)
+            print(f"exported {name}", flush=True)
+        rows = compare(model.eval(), datamodule, files)
+        times = measure(files, args.seconds, args.repeats)
+    base = times["none"]
+    for row in rows:
+        latency, throughput = times[row["export"]]
+        row |= {"latency": latency / base[0], "throughput": throughput / base[1]}
+    show("Against the checkpoint; latency and throughput as multiples of the export without compression", rows)
+    save("deployment", {name: str(value) for name, value in vars(args).items()}, {"exports": rows})
+
+
+@torch.no_grad()
+def compare(model: SimpleNet, datamodule: AnomalibDataModule, files: dict[str, Path]) -> list[dict[str, Any]]:
+    """Answers of exported models beside those of the checkpoint."""
+    datamodule.setup()
+    batches = list(datamodule.test_dataloader())
+    labels = torch.cat([batch.gt_label for batch in batches])
+    scores, decisions = _answers(model, batches)
+    rows = []
+    for name, path in files.items():
+        own, decided = _answers(_openvino(path), batches)
+        rows.append(
+            {
+                "export": name,
+                "images": len(labels),
+                "image AUROC": f"{binary_auroc(own, labels.int()):.4f}",
+                "AUROC lost": f"{binary_auroc(scores, labels.int()) - binary_auroc(own, labels.int()):.4f}",
+                "largest score difference": f"{(own - scores).abs().max():.4f}",
+                "same labels": f"{(decided == decisions).float().mean():.3f}",
+                "MiB": f"{(path.stat().st_size + path.with_suffix('.bin').stat().st_size) / 2**20:.1f}",
+            }
+        )
+    return rows
+
+
+def _openvino(path: Path) -> Callable[[torch.Tensor], InferenceBatch]:
+    compiled = ov.Core().compile_model(path, "CPU")
+
+    def run(images: torch.Tensor) -> InferenceBatch:
+        answer = compiled(images.numpy())
+        return InferenceBatch(**{output.get_any_name(): torch.tensor(value) for output, value in answer.items()})
+
+    return run
+
+
+def _answers(
+    run: Callable[[torch.Tensor], InferenceBatch], batches: list[ImageBatch]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    answers = [run(batch.image) for batch in batches]
+    return torch.cat([answer.pred_score for answer in answers]), torch.cat([answer.pred_label for answer in answers])
+
+
+def measure(files: dict[str, Path], seconds: int, repeats: int) -> dict[str, tuple[float, float]]:
+    """Median latency and throughput by benchmark_app, of the files in turns."""
+    figures: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
+    for _ in range(repeats):
+        for name, path in files.items():
+            latency = _benchmark_app(path, seconds, "latency", r"Median:\s+([\d.]+)")
+            throughput = _benchmark_app(path, seconds, "throughput", r"Throughput:\s+([\d.]+)")
+            figures[name].append((latency, throughput))
+    return {name: tuple(map(statistics.median, zip(*values, strict=True))) for name, values in figures.items()}
+
+
+def _benchmark_app(path: Path, seconds: int, hint: str, figure: str) -> float:
+    program = Path(sys.executable).parent / "benchmark_app"
+    command = [program, "-m", path, "-d", "CPU", "-hint", hint, "-t", seconds]
+    shape = ["-shape", "[1,3,300,300]", "-data_shape", "[1,3,300,300]"]
+    output = subprocess.run([*map(str, command), *shape], capture_output=True, text=True, check=True).stdout
+    return float(re.findall(figure, output)[-1])
+
+
+if __name__ == "__main__":
+    main()
