@@ -21,7 +21,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Adam, Optimizer
@@ -41,6 +41,7 @@ from .export import (
 from .feature_cache import DTYPES, CachedBatch, FeatureCache, make_feature_cache
 from .loss import TruncatedL1Loss
 from .registry import register
+from .report import Report
 from .torch_model import SimpleNetModel
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,8 @@ class SimpleNet(AnomalibModule):
         evaluator (Evaluator | bool): Metrics. Defaults to ``True``: AUROC and F1 of images and, where there are masks,
             AUROC, F1 and AUPRO of pixels.
         visualizer (Visualizer | bool): Pictures of results. Defaults to ``True``: five panels an image.
+        report (bool): Whether to write ``predictions.csv`` and, after a test, ``report.html``
+            (:class:`anomalib_simplenet.report.Report`). Defaults to ``True``.
 
     Raises:
         ValueError: If an argument is out of its range, or images would be smaller than the backbone can take.
@@ -150,6 +153,7 @@ class SimpleNet(AnomalibModule):
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
+        report: bool = True,
     ) -> None:
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         for name, value in (("adapter_lr", adapter_lr), ("discriminator_lr", discriminator_lr)):
@@ -173,6 +177,7 @@ class SimpleNet(AnomalibModule):
         self.feature_cache_dtype = DTYPES[feature_cache_dtype]
         self._cache: FeatureCache | None = None
         self._validate_last = False
+        self.report = report
         self.adapter_lr = adapter_lr
         self.discriminator_lr = discriminator_lr
         self.discriminator_weight_decay = discriminator_weight_decay
@@ -463,6 +468,10 @@ class SimpleNet(AnomalibModule):
             return
         msg = f"pre_processor makes images of {size}, {problem}. Give one with another size of Resize or CenterCrop."
         raise ValueError(msg)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Name anomalib's components and, last, the report on what they made of the scores."""
+        return [*super().configure_callbacks(), *([Report()] if self.report else [])]
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

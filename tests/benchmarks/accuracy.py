@@ -106,7 +106,7 @@ def run(data: str, backbone: str, model: str, images: int | None, seed: int) -> 
     if images:
         folder.setup()
         folder.train_data.samples = folder.train_data.samples.sample(images, random_state=seed).reset_index(drop=True)
-        folder.setup = lambda _stage=None: None  # type: ignore[method-assign]
+        folder.setup = lambda *_, **__: None  # type: ignore[method-assign]
     seed_everything(seed, verbose=False)
     test = [AUROC(["pred_score", "gt_label"], prefix="image_"), F1Score(["pred_label", "gt_label"], prefix="image_")]
     if folder.mask_dir:

@@ -1,0 +1,131 @@
+"""predictions.csv and report.html."""
+
+import csv
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.engine import Engine
+
+from .conftest import folder_data, tiny_model, write_images
+
+
+@pytest.fixture
+def tested(pictures: Path) -> Path:
+    """Results of a model trained and tested on pictures, of which one has an awkward name."""
+    (pictures / "test" / "bad" / "000.png").rename(pictures / "test" / "bad" / "a #1 <ü>.png")
+    (pictures / "ground_truth" / "bad" / "000.png").rename(pictures / "ground_truth" / "bad" / "a #1 <ü>.png")
+    torch.manual_seed(0)
+    engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    engine.train(tiny_model(), datamodule=folder_data(pictures, val_split_mode="same_as_test"))
+    return Path(engine.trainer.default_root_dir)
+
+
+def lines(table: Path) -> list[dict[str, str]]:
+    with table.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_test_leaves_a_table_and_a_page_that_agree(tested: Path) -> None:
+    rows = lines(tested / "predictions.csv")
+    assert sorted(Path(row["image_path"]).name for row in rows if row["gt_label"] == "1") == [
+        "001.png",
+        "002.png",
+        "003.png",
+        "a #1 <ü>.png",
+    ]
+    assert len(rows) == 8
+    for row in rows:
+        assert int(row["pred_label"]) == (float(row["pred_score"]) > float(row["image_threshold"]))
+    page = (tested / "report.html").read_text(encoding="utf-8")
+    alarms = sum(row["gt_label"] == "0" and row["pred_label"] == "1" for row in rows)
+    misses = sum(row["gt_label"] == "1" and row["pred_label"] == "0" for row in rows)
+    assert f"{misses} of 4 defective" in page
+    assert f"{alarms} of 4 normal" in page
+    titles = ("Scores", "ROC, images", "Precision and recall, images", "ROC, pixels", "Precision and recall, pixels")
+    assert all(f'"text":"{title}"' in page for title in titles)
+    assert not re.search(r'<(script|link|img)[^>]+(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
+
+
+def test_a_second_run_keeps_the_first_and_a_model_can_do_without(pictures: Path, tested: Path) -> None:
+    before = (tested / "report.html").read_bytes()
+    engine = Engine(default_root_dir=pictures.parent / "results", accelerator="cpu")
+    checkpoint = next(tested.rglob("model.ckpt"))
+    engine.test(tiny_model(), datamodule=folder_data(pictures), ckpt_path=checkpoint)
+    assert (tested / "report.html").read_bytes() == before
+    assert (tested / "report-1.html").is_file()
+    engine = Engine(default_root_dir=pictures.parent / "results", accelerator="cpu")
+    engine.predict(tiny_model(report=False), data_path=pictures / "test" / "good")
+    assert not (tested / "predictions-2.csv").exists()
+
+
+def test_without_thresholds_or_masks_or_pictures_there_is_a_page(pictures: Path) -> None:
+    model = tiny_model(visualizer=False, post_processor=False, evaluator=False)
+    engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    engine.train(model, datamodule=folder_data(pictures, masks=False))
+    page = (Path(engine.trainer.default_root_dir) / "report.html").read_text(encoding="utf-8")
+    assert "threshold</th>" not in page
+    assert "pixels" not in re.sub(r"<script.*?</script>", "", page.partition("</head>")[2][-3000:], flags=re.DOTALL)
+
+
+def test_thousands_of_images_make_a_page_of_the_same_size(pictures: Path, tested: Path) -> None:
+    small = (tested / "report.html").stat().st_size
+    write_images(pictures / "many", 40)
+    for number, path in enumerate(sorted((pictures / "many").iterdir())):
+        for copy in range(25):
+            (pictures / "test" / "good" / f"{number}_{copy}.png").symlink_to(path)
+    engine = Engine(default_root_dir=pictures.parent / "results", accelerator="cpu")
+    model = tiny_model(visualizer=False, image_size=(32, 32))
+    engine.test(model, datamodule=folder_data(pictures, eval_batch_size=50), ckpt_path=next(tested.rglob("model.ckpt")))
+    assert len(lines(tested / "predictions-1.csv")) > 500
+    assert (tested / "report-1.html").stat().st_size < small + 1_000_000
+
+
+@pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Debian's chromium-driver")
+def test_the_page_opens_in_a_browser_and_its_pictures_too(tested: Path) -> None:
+    from selenium import webdriver
+    from selenium.webdriver.common.by import By
+
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless", "--no-sandbox", "--disable-gpu"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        driver.get((tested / "report.html").as_uri())
+        assert len(driver.find_elements(By.CSS_SELECTOR, ".plots .main-svg")) >= 5
+        assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+        links = driver.find_elements(By.CSS_SELECTOR, "figure a")
+        assert any("%23" in link.get_attribute("href") for link in links)
+        for index in range(len(links)):
+            driver.find_elements(By.CSS_SELECTOR, "figure a")[index].click()
+            width = driver.execute_script("return document.images[0].naturalWidth")
+            assert width == 5 * 256
+            driver.back()
+    finally:
+        driver.quit()
+
+
+def test_two_processes_write_the_table_of_one(pictures: Path, tested: Path) -> None:
+    checkpoint = next(tested.rglob("model.ckpt"))
+    write_images(pictures / "new", 7)
+    for devices in (1, 2):
+        command = ["predict", "--model", "SimpleNet", "--model.pre_trained", "false", "--ckpt_path", checkpoint]
+        command += ["--data", pictures / "new", "--default_root_dir", pictures.parent / f"by_{devices}"]
+        command += ["--model.visualizer", "false", "--return_predictions", "false", "--trainer.accelerator", "cpu"]
+        command += ["--trainer.devices", devices, *(["--trainer.strategy", "ddp"] if devices > 1 else [])]
+        program = Path(sys.executable).parent / "anomalib"
+        subprocess.run([program, *map(str, command)], check=True, timeout=300)
+    (one,), (two,) = (list((pictures.parent / f"by_{devices}").rglob("predictions*")) for devices in (1, 2))
+    assert [row["image_path"] for row in lines(one)] == [str(path) for path in sorted((pictures / "new").iterdir())]
+    for alone, together in zip(lines(one), lines(two), strict=True):
+        assert alone.keys() == together.keys()
+        assert float(alone["pred_score"]) == pytest.approx(float(together["pred_score"]), abs=1e-5)
+        assert {k: v for k, v in alone.items() if k != "pred_score"} == {
+            k: v for k, v in together.items() if k != "pred_score"
+        }
+    assert not list(two.parent.rglob("*.png"))
