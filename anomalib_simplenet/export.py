@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
+from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -201,6 +202,19 @@ def _validation(metric: Metric) -> Callable[[Any, Iterable[ImageBatch]], float]:
         return metric.compute().item()
 
     return validate
+
+
+def lay_out_for_model_server(path: Path) -> None:
+    """Give a model's files a second name in a folder ``1`` beside them, the version that Model Server asks for."""
+    version = path.parent / "1"
+    version.mkdir(exist_ok=True)
+    for file in (path, path.with_suffix(".bin")):
+        served = version / file.name
+        served.unlink(missing_ok=True)
+        try:
+            served.hardlink_to(file)
+        except OSError:  # a file system without links
+            copyfile(file, served)
 
 
 def _replace_resize(transform: Transform | None) -> Transform | None:

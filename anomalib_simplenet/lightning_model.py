@@ -23,6 +23,7 @@ from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.trainer.states import TrainerFn
+from psutil import virtual_memory
 from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.utils.data import DataLoader
@@ -34,6 +35,7 @@ from .export import (
     exportable_transform,
     head_operations,
     keep_float32,
+    lay_out_for_model_server,
     prepend_resize,
     quantize,
     split_resize,
@@ -43,11 +45,13 @@ from .loss import TruncatedL1Loss
 from .registry import register
 from .report import Report
 from .torch_model import SimpleNetModel
+from .visualizer import OblongImageVisualizer
 
 logger = logging.getLogger(__name__)
 
 PAPER_EPOCHS = 160  # 40 meta-epochs of 4 passes
 _NEVER = sys.maxsize
+_DEFAULT_SENSITIVITY = 0.5
 _NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise", "patch_fraction"}
 
 
@@ -353,9 +357,31 @@ class SimpleNet(AnomalibModule):
             backbone = self.model.feature_extractor.architecture
         checkpoint["hyper_parameters"] |= {"backbone": backbone, "pre_trained": False}
 
+    def on_predict_batch_end(self, outputs: Batch, _batch: Batch, batch_idx: int, *_args, **_kwargs) -> None:
+        """Say so before the predictions that Lightning keeps to return them fill the memory."""
+        loop = self.trainer.predict_loop
+        if batch_idx or not loop.return_predictions or outputs.image is None:
+            return
+        tensors = [value for value in vars(outputs).values() if isinstance(value, torch.Tensor)]
+        needed = sum(tensor.nbytes for tensor in tensors) * sum(loop.max_batches)
+        if needed > virtual_memory().available / 2:
+            logger.warning(
+                "Keeping all predictions to return them will take about %.1f GiB. If they are not needed, pass "
+                "--return_predictions false.",
+                needed / 2**30,
+            )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the checkpoint's architecture where the model was built with another one."""
+        """Take the checkpoint's architecture where the model was built with another one, and the user's sensitivity.
+
+        anomalib would put the sensitivity of training in place of the one that a post-processor is given for testing,
+        predicting or exporting.
+        """
+        wished = {name: getattr(self.post_processor, name, None) for name in ("image_sensitivity", "pixel_sensitivity")}
         super().on_load_checkpoint(checkpoint)
+        for name, value in wished.items():
+            if self.post_processor is not None and value not in {None, _DEFAULT_SENSITIVITY}:
+                setattr(self.post_processor, name, value)
         self._match_export_to_training()
         older = {
             "distance_weight": 0.0,
@@ -424,7 +450,8 @@ class SimpleNet(AnomalibModule):
         types of compression, those to eight bits touch the backbone alone (:func:`anomalib_simplenet.export.quantize`).
 
         Returns:
-            Path: The ``.xml`` file, in ``weights/openvino`` under ``export_root``.
+            Path: The ``.xml`` file, in ``weights/openvino`` under ``export_root``; with a second name in the folder
+            ``1`` there, where OpenVINO Model Server looks for it.
         """
         import openvino as ov
 
@@ -448,6 +475,7 @@ class SimpleNet(AnomalibModule):
         path = Path(export_root) / "weights" / "openvino" / f"{model_file_name}.xml"
         path.parent.mkdir(parents=True, exist_ok=True)
         ov.save_model(model, path, compress_to_fp16=compression_type == CompressionType.FP16)
+        lay_out_for_model_server(path)
         return path
 
     def _match_export_to_training(self) -> None:
@@ -528,7 +556,7 @@ class SimpleNet(AnomalibModule):
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
         """Make the default visualizer: image, ground truth, predicted mask, heat map and outline over the image."""
-        return ImageVisualizer(
+        return OblongImageVisualizer(
             fields=["image", "gt_mask", "pred_mask"],
             overlay_fields=[("image", ["anomaly_map"]), ("image", ["pred_mask"])],
         )

@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--backbones", nargs="+", default=["efficientnet_lite0"], help="folders of datasets/")
     parser.add_argument("--images", nargs="+", type=int, help="train on so many images, drawn with the seed")
+    parser.add_argument("--epochs", nargs="+", type=int, help="instead of the model's own number")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -88,15 +90,16 @@ def main() -> None:
         for data in args.data:
             for backbone in args.backbones:
                 for model in args.models:
-                    for images in args.images or [None]:
-                        run(data, backbone, model, images, seed)
+                    for images, epochs in product(args.images or [None], args.epochs or [MODELS[model][1]]):
+                        run(data, backbone, model, images, epochs, seed)
     summarise()
 
 
-def run(data: str, backbone: str, model: str, images: int | None, seed: int) -> None:
+def run(data: str, backbone: str, model: str, images: int | None, epochs: int, seed: int) -> None:
     """Train and test once, and keep the figures."""
-    make, epochs = MODELS[model]
+    make = MODELS[model][0]
     settings = {"data": data, "backbone": backbone, "model": model, "images": images or "all", "seed": seed}
+    settings["epochs"] = epochs
     if any(all(row[name] == str(value) for name, value in settings.items()) for row in rows()):
         return
     folder = Folder(
@@ -129,7 +132,7 @@ def run(data: str, backbone: str, model: str, images: int | None, seed: int) -> 
         )
         engine.fit(made, datamodule=folder)
         figures = engine.test(made, datamodule=folder)[0]
-    row = {**settings, "epochs": epochs, **{name: round(figures[name], 4) for name in FIGURES if name in figures}}
+    row = {**settings, **{name: round(figures[name], 4) for name in FIGURES if name in figures}}
     new = not TABLE.is_file()
     with TABLE.open("a", newline="") as file:
         writer = csv.DictWriter(file, ["data", "backbone", "model", "images", "seed", "epochs", *FIGURES])
@@ -151,10 +154,12 @@ def summarise() -> None:
     """Print mean and standard deviation over the seeds."""
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows():
-        groups.setdefault(tuple(row[name] for name in ("data", "backbone", "images", "model")), []).append(row)
+        key = tuple(row[name] for name in ("data", "backbone", "images", "model", "epochs"))
+        groups.setdefault(key, []).append(row)
     table = []
-    for (data, backbone, images, model), runs in sorted(groups.items()):
-        line = {"data": data, "backbone": backbone, "images": images, "model": model, "seeds": len(runs)}
+    for (data, backbone, images, model, epochs), runs in sorted(groups.items()):
+        line = {"data": data, "backbone": backbone, "images": images, "model": model, "epochs": epochs}
+        line["seeds"] = len(runs)
         for figure in FIGURES:
             values = [float(row[figure]) for row in runs if row[figure]]
             line[figure] = f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}" if values else ""

@@ -66,6 +66,16 @@ def test_pictures_have_five_panels_where_there_are_masks(pictures: Path) -> None
             assert picture.size == (5 * 256, 256)
 
 
+def test_long_images_keep_their_shape_in_pictures(pictures: Path) -> None:
+    for path in (pictures / "test" / "good").iterdir():
+        odd("wide").resize((900, 300)).save(path)
+    train(pictures)
+    for part, panel in (("good", (768, 256)), ("bad", (256, 256))):
+        with Image.open(next((pictures.parent / "results").rglob(f"images/test/{part}/*.png"))) as picture:
+            assert picture.size[1] == panel[1]
+            assert picture.size[0] % panel[0] == 0
+
+
 def test_one_training_image_is_enough_to_run(pictures: Path) -> None:
     shutil.rmtree(pictures / "train")
     write_images(pictures / "train" / "good", 1)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from anomalib_simplenet import SimpleNet
 
+README = Path(__file__).parents[2] / "README.md"
 CONFIG = Path(__file__).parents[2] / "configs" / "model" / "simplenet_edge.yaml"
 SUFFIX = {"torch": ".pt", "onnx": ".onnx", "openvino": ".xml"}
 
@@ -150,8 +151,11 @@ def test_exported_model_agrees_with_predict_on_images_larger_than_its_input(
         assert abs(answer.pred_score.item() - expected.pred_score.item()) < score_tolerance
         if abs(expected.pred_score.item() - 0.5) > score_tolerance:
             assert answer.pred_label.item() == expected.pred_label.item()
-        difference = np.abs(np.asarray(answer.anomaly_map) - expected.anomaly_map.numpy()).max()
-        assert difference < max(1e-2, score_tolerance)
+        difference = np.abs(np.asarray(answer.anomaly_map) - expected.anomaly_map.numpy())
+        if "INT8" in str(arguments):  # single pixels may differ more
+            assert difference.mean() < score_tolerance / 2
+        else:
+            assert difference.max() < 1e-2
         compared += 1
     assert compared >= 20
 
@@ -168,11 +172,55 @@ def test_exported_graph_is_the_fused_one(workshop: Workshop) -> None:
     assert {n.get_type_name() for n in nodes}.isdisjoint({"AdaptiveAvgPool", "ExtractImagePatches", "Col2Im"})
 
 
+def test_model_server_finds_a_version(workshop: Workshop) -> None:
+    import openvino as ov
+
+    path = workshop.export("openvino")
+    served = ov.Core().read_model(path.parent / "1" / path.name)
+    assert [name for port in served.inputs for name in port.names] == ["input"]
+    outputs = {name for port in served.outputs for name in port.names}
+    assert outputs == {"pred_score", "pred_label", "anomaly_map", "pred_mask"}
+
+
+def test_sensitivity_on_the_command_line_counts(
+    workshop: Workshop, photographs: list[Path], predicted: dict[str, ImageBatch]
+) -> None:
+    processor = ["--model.post_processor", "anomalib.post_processing.PostProcessor"]
+    for sensitivity in (0.2, 0.8):
+        setting = [*processor, "--model.post_processor.image_sensitivity", str(sensitivity)]
+        where = ["--data", str(photographs[0].parent), "--return_predictions", "true", "--model.visualizer", "false"]
+        cli = workshop.from_checkpoint("predict", *where, *setting)
+        for batch in cli.engine.trainer.predict_loop.predictions:
+            score = predicted[batch.image_path[0]].pred_score
+            torch.testing.assert_close(batch.pred_score, score)
+            assert batch.pred_label == (score > 1 - sensitivity)
+
+
+def test_plain_openvino_answers_as_predict_does(
+    workshop: Workshop,
+    photographs: list[Path],
+    predicted: dict[str, ImageBatch],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = (block for block in README.read_text().split("```py\n") if "import openvino as ov" in block)
+    code = code.partition("```")[0]
+    for photograph in photographs[:4]:
+        run = code.replace("weights/openvino/model.xml", str(workshop.export("openvino")))
+        names: dict[str, object] = {}
+        exec(run.replace("part.jpg", str(photograph)), names)
+        expected = predicted[str(photograph)]
+        assert names["score"] == pytest.approx(expected.pred_score.item(), abs=1e-3)
+        assert names["defective"] == expected.pred_label.item()
+        assert np.asarray(names["mask"]).shape == expected.pred_mask.shape[-2:]
+
+
 def test_exported_model_takes_batches(workshop: Workshop) -> None:
     import openvino as ov
 
     model = ov.Core().compile_model(workshop.export("openvino"), "CPU")
-    images = np.random.default_rng(0).random((5, 3, 300, 260), dtype=np.float32)
+    images = np.random.default_rng(0).random((32, 3, 300, 260), dtype=np.float32)
     together = model(images)["pred_score"]
     alone = np.concatenate([model(image[None])["pred_score"] for image in images])
     np.testing.assert_allclose(together, alone, atol=1e-5)

@@ -1,0 +1,85 @@
+"""Image and pixel thresholds: where they come from, and what anomalib's sensitivity does to them."""
+
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from anomalib.engine import Engine
+from anomalib.post_processing import PostProcessor
+
+from anomalib_simplenet import SimpleNet
+
+from .conftest import folder_data, tiny_model
+
+
+@pytest.fixture
+def checkpoint(pictures: Path) -> Path:
+    torch.manual_seed(0)
+    engine = Engine(max_epochs=2, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    engine.fit(tiny_model(visualizer=False), datamodule=folder_data(pictures, val_split_mode="same_as_test"))
+    return Path(engine.trainer.checkpoint_callback.best_model_path)
+
+
+def with_sensitivity(checkpoint: Path, **sensitivity: float) -> SimpleNet:
+    processor = PostProcessor(**sensitivity)
+    return SimpleNet.load_from_checkpoint(checkpoint, post_processor=processor, visualizer=False).eval()
+
+
+def test_image_and_pixel_thresholds_are_two_and_saved(checkpoint: Path) -> None:
+    processor = SimpleNet.load_from_checkpoint(checkpoint).post_processor
+    assert torch.isfinite(processor.image_threshold)
+    assert torch.isfinite(processor.pixel_threshold)
+    assert processor.image_threshold != processor.pixel_threshold
+
+
+@pytest.mark.parametrize("kind", ["image", "pixel"])
+def test_sensitivity_moves_its_own_threshold_of_the_model_and_its_export(
+    checkpoint: Path, pictures: Path, tmp_path: Path, kind: str
+) -> None:
+    data = folder_data(pictures, val_split_mode="same_as_test")
+    data.setup()
+    images = torch.stack([item.image for item in data.test_data])
+    answers = {}
+    for sensitivity in (0.1, 0.5, 0.9):
+        model = with_sensitivity(checkpoint, **{f"{kind}_sensitivity": sensitivity})
+        exported = ov.Core().compile_model(model.to_openvino(tmp_path / str(sensitivity)), "CPU")
+        answer = exported(images.numpy())
+        with torch.no_grad():
+            plain = model(images)
+        for field in ("pred_label", "pred_mask"):
+            assert (np.asarray(answer[field]) != getattr(plain, field).numpy()).mean() < 0.01
+        answers[sensitivity] = {name: answer[name] for name in ("pred_score", "pred_label", "anomaly_map", "pred_mask")}
+        threshold = {"image": 0.5, "pixel": 0.5, kind: 1 - sensitivity}
+        np.testing.assert_array_equal(answer["pred_label"], answer["pred_score"] > threshold["image"])
+        np.testing.assert_array_equal(answer["pred_mask"], answer["anomaly_map"] > threshold["pixel"])
+    field = "pred_label" if kind == "image" else "pred_mask"
+    found = [answers[sensitivity][field].sum() for sensitivity in (0.1, 0.5, 0.9)]
+    assert found == sorted(found)
+    assert found[0] < found[2]
+
+
+def test_what_is_not_said_is_what_was_trained_with(checkpoint: Path) -> None:
+    model = SimpleNet.load_from_checkpoint(checkpoint, post_processor=PostProcessor(image_sensitivity=0.7))
+    assert model.post_processor.image_sensitivity == 0.7
+    assert model.post_processor.pixel_sensitivity == 0.5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"test_split_mode": "synthetic", "val_split_mode": "same_as_test"}, id="synthetic anomalies"),
+        pytest.param({"test_split_mode": "from_dir", "val_split_mode": "same_as_test"}, id="normal images alone"),
+    ],
+)
+def test_without_a_defective_image_thresholds_let_normal_ones_pass(pictures: Path, settings: dict) -> None:
+    torch.manual_seed(0)
+    engine = Engine(max_epochs=2, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    model = tiny_model(visualizer=False)
+    engine.fit(model, datamodule=folder_data(pictures, masks=False, abnormal_dir=None, **settings))
+    assert torch.isfinite(model.post_processor.image_threshold)
+    assert torch.isfinite(model.post_processor.pixel_threshold)
+    if settings["test_split_mode"] == "from_dir":  # the highest score of a normal image
+        predictions = engine.predict(model, data_path=pictures / "test" / "good")
+        assert sum(batch.pred_label.sum() for batch in predictions) == 0
