@@ -1,6 +1,5 @@
 """Feature maps of the training images, kept from the first time that each is seen."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
+
+from .trainer import altered
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _SHARE_OF_FREE_MEMORY = 0.5
@@ -70,13 +71,8 @@ class FeatureCache:
         self.too_large = False
         # Shared, so that workers, which live for an epoch or longer, know what they need not read.
         self.seen = torch.zeros(self.size, dtype=torch.bool).share_memory_()
-        self.loader = copy.copy(loader)
-        # A data loader refuses to have its data set changed, may keep workers that read the old one, and Lightning may
-        # have noted on it how to build it again.
-        for name in [name for name in vars(loader) if name.startswith("__pl_saved")]:
-            del vars(self.loader)[name]
         dataset, collate = _Indexed(loader.dataset, self.seen), _Collate(loader.collate_fn)
-        vars(self.loader).update(dataset=dataset, collate_fn=collate, _iterator=None)
+        self.loader = altered(loader, dataset=dataset, collate_fn=collate)
 
     @property
     def complete(self) -> bool:
@@ -217,8 +213,8 @@ def _reasons_against(trainer: Trainer, loader: Any, pre_processor: Any, wish: bo
 
 def _custom_steps(trainer: Trainer, loader: DataLoader, pre_processor: Any) -> str | None:  # noqa: ANN401
     """What between file and model is not anomalib's, and so may do anything."""
-    if type(loader.dataset).__module__.partition(".")[0] != "anomalib":
-        return type(loader.dataset).__name__
+    if loader.dataset.__class__.__module__.partition(".")[0] != "anomalib":
+        return loader.dataset.__class__.__name__
     if loader.collate_fn != loader.dataset.collate_fn:
         return "the DataLoader's collate_fn"
     if pre_processor is not None and type(pre_processor) is not PreProcessor:

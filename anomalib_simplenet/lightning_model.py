@@ -45,6 +45,7 @@ from .loss import TruncatedL1Loss
 from .registry import register
 from .report import Report
 from .torch_model import SimpleNetModel
+from .trainer import check_checkpoints, mend_loaders, share_results_folder
 from .visualizer import OblongImageVisualizer
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,7 @@ class SimpleNet(AnomalibModule):
         self.feature_cache_dtype = DTYPES[feature_cache_dtype]
         self._cache: FeatureCache | None = None
         self._validate_last = False
+        self._random_state: dict[str, torch.Tensor] | None = None
         self.report = report
         self.adapter_lr = adapter_lr
         self.discriminator_lr = discriminator_lr
@@ -206,6 +208,14 @@ class SimpleNet(AnomalibModule):
         )
         self._match_export_to_training()
         self._check_image_size()
+
+    def setup(self, stage: str) -> None:
+        """Prepare the trainer: its data loaders, results folder and reading of checkpoints."""
+        super().setup(stage)
+        check_checkpoints(self.trainer)
+        if self.trainer.world_size > 1:
+            share_results_folder(self.trainer)
+        mend_loaders(self.trainer)
 
     def training_step(self, batch: Batch | CachedBatch, *_args, **_kwargs) -> torch.Tensor:
         """Loss of one batch; logs it with the shares of real and fake scores beyond the margin (authors' p_true/fake).
@@ -233,7 +243,21 @@ class SimpleNet(AnomalibModule):
         return self._cache.features(batch, self.model.extract)
 
     def validation_step(self, batch: Batch, *_args, **_kwargs) -> Batch:
-        """Predict one batch, for anomalib's thresholds and metrics."""
+        """Predict one batch, for anomalib's thresholds and metrics; as :meth:`predict_step`."""
+        return self.predict_step(batch)
+
+    def predict_step(self, batch: Batch, *_args, **_kwargs) -> Batch:
+        """Predict one batch.
+
+        Raises:
+            ValueError: If an image has pixels that are not finite.
+        """
+        finite = batch.image.isfinite().flatten(1).all(dim=1)
+        if not finite.all():
+            paths = batch.image_path or range(len(finite))
+            names = ", ".join(str(path) for path, good in zip(paths, finite.tolist(), strict=True) if not good)
+            msg = f"Pixels of {names} are NaN or infinite: images are to be finite, from 0 to 1."
+            raise ValueError(msg)
         return batch.update(**self.model(batch.image)._asdict())
 
     def configure_optimizers(self) -> Optimizer:
@@ -286,6 +310,8 @@ class SimpleNet(AnomalibModule):
             self.feature_cache_dtype,
             self.feature_cache_memory,
         )
+        if trainer.ckpt_path is not None and self._random_state is not None:  # go on as if never interrupted
+            _set_random_state(self._random_state)
         self._validate_last = (
             trainer.check_val_every_n_epoch == 1
             and trainer.val_check_interval == 1.0
@@ -337,7 +363,18 @@ class SimpleNet(AnomalibModule):
                 trainer.check_val_every_n_epoch = 1
 
     def on_train_epoch_end(self) -> None:
-        """Give the setting back, which checkpoint callbacks, called next, read to save after each epoch."""
+        """Give the setting back, which checkpoint callbacks, called next, read to save after each epoch.
+
+        Raises:
+            ValueError: If the weights are no longer finite: such weights are not saved.
+        """
+        if not torch.stack([weight.isfinite().all() for weight in self.model.discriminator.parameters()]).all():
+            msg = (
+                f"Weights are NaN or infinite after epoch {self.current_epoch}: images with such pixels, or too high "
+                f"adapter_lr ({self.adapter_lr}), discriminator_lr ({self.discriminator_lr}) or noise_std "
+                f"({self.hparams.get('noise_std')})."
+            )
+            raise ValueError(msg)
         if self._validate_last:
             self.trainer.check_val_every_n_epoch = 1
 
@@ -356,6 +393,7 @@ class SimpleNet(AnomalibModule):
         if not isinstance(backbone, str) or backbone.startswith("local-dir:"):
             backbone = self.model.feature_extractor.architecture
         checkpoint["hyper_parameters"] |= {"backbone": backbone, "pre_trained": False}
+        checkpoint["random_state"] = _random_state()
 
     def on_predict_batch_end(self, outputs: Batch, _batch: Batch, batch_idx: int, *_args, **_kwargs) -> None:
         """Say so before the predictions that Lightning keeps to return them fill the memory."""
@@ -383,6 +421,7 @@ class SimpleNet(AnomalibModule):
             if self.post_processor is not None and value not in {None, _DEFAULT_SENSITIVITY}:
                 setattr(self.post_processor, name, value)
         self._match_export_to_training()
+        self._random_state = checkpoint.get("random_state")
         older = {
             "distance_weight": 0.0,
             "top_patches": 1,
@@ -564,6 +603,18 @@ class SimpleNet(AnomalibModule):
 
 def _called_from(package: str) -> bool:
     return any(frame.f_globals.get("__name__", "").startswith(package) for frame, _ in walk_stack(None))
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """State of torch's generators, which draw patches, noise and the order of images."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 def _plain(arguments: dict[str, Any], name: str) -> Any:  # noqa: ANN401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anomalib.visualization import ImageVisualizer
@@ -29,7 +30,7 @@ class OblongImageVisualizer(ImageVisualizer):
 
 
 def _size(item: ImageItem, square: tuple[int, int]) -> tuple[int, int]:
-    if not item.image_path:
+    if not item.image_path or not Path(item.image_path).is_file():
         return square
     with Image.open(item.image_path) as image:
         ratio = image.width / image.height

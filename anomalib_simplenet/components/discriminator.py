@@ -4,6 +4,36 @@ import torch
 from torch import nn
 
 
+def _processes() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+class SharedBatchNorm1d(nn.BatchNorm1d):
+    """Batch norm over the batches of all processes, so that several train as one would (torch's own needs a GPU).
+
+    All processes must have as many patches, as Lightning's samplers see to.
+    """
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Normalise patches, of shape ``(patches, width)`` in each process; shape as given."""
+        processes = _processes() if self.training else 1
+        if processes == 1:
+            return super().forward(patches)
+        from torch.distributed.nn.functional import all_reduce
+
+        patches = patches.float()
+        mean = all_reduce(patches.mean(dim=0)) / processes
+        centred = patches - mean
+        variance = all_reduce(centred.square().mean(dim=0)) / processes
+        count = processes * len(patches)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+        return centred * ((variance + self.eps).rsqrt() * self.weight) + self.bias
+
+
 class Discriminator(nn.Module):
     """Score patches: high for normal, low for anomalous ones (paper, section 3.4).
 
@@ -43,7 +73,7 @@ class Discriminator(nn.Module):
                 )
                 raise ValueError(msg)
             activation = nn.LeakyReLU(self.NEGATIVE_SLOPE, inplace=True)
-            block = (nn.Linear(dimension, width), nn.BatchNorm1d(width), activation)
+            block = (nn.Linear(dimension, width), SharedBatchNorm1d(width), activation)
             self.body.append(nn.Sequential(*block))
             dimension = width
         self.tail = nn.Linear(dimension, 1, bias=False)

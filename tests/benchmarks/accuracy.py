@@ -162,7 +162,8 @@ def summarise() -> None:
         line["seeds"] = len(runs)
         for figure in FIGURES:
             values = [float(row[figure]) for row in runs if row[figure]]
-            line[figure] = f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}" if values else ""
+            line[figure] = f"{statistics.mean(values):.3f}" if values else ""
+            line[figure] += f" ± {statistics.pstdev(values):.3f}" if len(values) > 1 else ""
         table.append(line)
     show("Mean and standard deviation over the seeds", table)
 

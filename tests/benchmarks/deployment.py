@@ -24,6 +24,7 @@ import torch
 from anomalib.data import AnomalibDataModule, ImageBatch, InferenceBatch
 from anomalib.deploy import CompressionType
 from jsonargparse import ArgumentParser
+from lightning import seed_everything
 from measure import save, show
 from torchmetrics.functional.classification import binary_auroc
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=5, help="of each run of benchmark_app")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    seed_everything(0)  # for the data module's split
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     reader = ArgumentParser()

@@ -1,5 +1,7 @@
 """Small folders of pictures, a tiny model and, where it is about results, real photographs with real weights."""
 
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ from PIL import Image
 from anomalib_simplenet import SimpleNet
 from anomalib_simplenet.quickstart import prepare_cells, prepare_weights
 
+FULL_TRIALS = os.environ.get("TRIALS") == "full"  # make trials
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "reliability.json"
 TINY = {
     "backbone": "resnet18",
     "layers": ["layer1"],
@@ -24,6 +28,13 @@ def tiny_model(**arguments: object) -> SimpleNet:
     size = arguments.pop("image_size", (64, 64))
     arguments.setdefault("pre_processor", SimpleNet.configure_pre_processor(size))
     return SimpleNet(**{**TINY, **arguments})
+
+
+def record(trial: str, **figures: object) -> None:
+    """Keep the figures of a full trial."""
+    if FULL_TRIALS:
+        kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        RESULTS.write_text(json.dumps({**kept, trial: figures}, indent=1) + "\n")
 
 
 def write_images(folder: Path, count: int, size: tuple[int, int] = (80, 64), seed: int = 0) -> None:
