@@ -3,13 +3,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint clean
+# make trials: kills, odd images and options, large folders, many times. make matrix: other versions.
+.PHONY: quickstart test trials matrix lint clean
 
 quickstart: .venv/quickstart
 	$(BIN)/python -m anomalib_simplenet.quickstart
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+trials: .venv/dev
+	TRIALS=full $(BIN)/python -m pytest -m trial tests
+
+matrix:
+	$(PYTHON) tests/matrix.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from torchmetrics import Metric
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from tqdm.auto import tqdm
 
+from .arguments import check_types
 from .export import (
     exportable_transform,
     head_operations,
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 PAPER_EPOCHS = 160  # 40 meta-epochs of 4 passes
 _NEVER = sys.maxsize
 _DEFAULT_SENSITIVITY = 0.5
+_COMPONENTS = ("backbone", "pre_processor", "post_processor", "evaluator", "visualizer")  # check themselves
 _NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise", "patch_fraction"}
 
 
@@ -160,6 +162,7 @@ class SimpleNet(AnomalibModule):
         visualizer: Visualizer | bool = True,
         report: bool = True,
     ) -> None:
+        check_types(SimpleNet.__init__, locals(), leave_out=_COMPONENTS)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         for name, value in (("adapter_lr", adapter_lr), ("discriminator_lr", discriminator_lr)):
             if not value > 0:
@@ -168,14 +171,8 @@ class SimpleNet(AnomalibModule):
         if not discriminator_weight_decay >= 0:
             msg = f"discriminator_weight_decay is {discriminator_weight_decay}, expected 0 or more."
             raise ValueError(msg)
-        if not (isinstance(feature_cache, bool) or feature_cache == "auto"):
-            msg = f"feature_cache is {feature_cache!r}, expected True, False or 'auto'."
-            raise ValueError(msg)
         if feature_cache_memory is not None and not feature_cache_memory > 0:
             msg = f"feature_cache_memory is {feature_cache_memory}, expected GiB above 0, or None for half of the free."
-            raise ValueError(msg)
-        if feature_cache_dtype not in DTYPES:
-            msg = f"feature_cache_dtype is {feature_cache_dtype!r}, expected one of {', '.join(DTYPES)}."
             raise ValueError(msg)
         self.feature_cache = feature_cache
         self.feature_cache_memory = feature_cache_memory
@@ -323,7 +320,9 @@ class SimpleNet(AnomalibModule):
         whitening = self.model.whitening
         if whitening is None or whitening.fitted:
             return
-        moments = whitening.moments(self._training_embeddings())
+        with torch.random.fork_rng(devices=[]):  # workers draw the first epoch's order before this pass, others after
+            torch.manual_seed(0)
+            moments = whitening.moments(self._training_embeddings())
         if self.trainer.world_size > 1:
             moments = self.trainer.strategy.reduce(moments.to(self.device), reduce_op="sum").cpu()
         whitening.fit(moments)

@@ -288,7 +288,7 @@ def test_where_images_may_change_or_maps_do_not_fit_auto_is_off_and_true_raises(
         ({"feature_cache": "yes"}, "feature_cache is 'yes', expected True, False or 'auto'"),
         ({"feature_cache": 0}, "feature_cache is 0, expected"),
         ({"feature_cache_memory": 0}, "feature_cache_memory is 0, expected GiB above 0"),
-        ({"feature_cache_dtype": "int8"}, "feature_cache_dtype is 'int8', expected one of float16, float32"),
+        ({"feature_cache_dtype": "int8"}, "feature_cache_dtype is 'int8', expected 'float16' or 'float32'"),
         ({"patch_fraction": 0}, "patch_fraction is 0, expected a number above 0, up to 1"),
         ({"patch_fraction": 1.5}, "patch_fraction is 1.5, expected"),
         ({"distance_weight": -1, "whiten": True}, "distance_weight is -1, expected 0"),

@@ -116,6 +116,21 @@ def test_same_seed_same_weights_and_only_the_head_trains(pictures: Path) -> None
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items() if key.startswith("model."))
 
 
+@pytest.mark.parametrize("whiten", [True, False])
+def test_same_seed_same_weights_with_cache_or_without_and_whoever_reads_the_images(
+    pictures: Path, tmp_path: Path, whiten: bool
+) -> None:
+    states = []
+    for cache, workers in ((False, 0), (False, 2), (True, 0), (True, 2)):
+        seed_everything(3)
+        model = tiny_model(whiten=whiten, feature_cache=cache, feature_cache_dtype="float32", patch_fraction=0.5)
+        engine = Engine(max_epochs=3, accelerator="cpu", deterministic=True, default_root_dir=tmp_path)
+        engine.fit(model, datamodule=folder_data(pictures, num_workers=workers))
+        states.append(model.state_dict())
+    for state in states[1:]:
+        assert all(torch.equal(state[key], value) for key, value in states[0].items())
+
+
 def test_whitening_is_that_of_the_training_images_and_kept_on_resuming(pictures: Path) -> None:
     model = tiny_model(whiten=True)
     _, engine, _ = fit(pictures, model, max_epochs=1)

@@ -12,16 +12,18 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from anomalib.data import ImageBatch, PredictDataset
+from anomalib.data import Folder, ImageBatch, PredictDataset
 from anomalib.engine import Engine
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from anomalib_simplenet import SimpleNet
 
-from .conftest import FULL_TRIALS, folder_data, record, tiny_model
+from .conftest import FULL_TRIALS, folder_data, record, tiny_model, write_images
 
 ROOT = Path(__file__).parents[2]
 TRAINING = """
@@ -87,6 +89,15 @@ def test_training_killed_at_any_moment_ends_as_if_it_had_not_been(pictures: Path
     record("kill -9 in training", tried=kills, lost="nothing: the same weights, bit for bit", resumed_from=resumed_from)
 
 
+def test_two_runs_that_start_at_once_keep_apart(pictures: Path, tmp_path: Path) -> None:
+    processes = [train(pictures, tmp_path / "results") for _ in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    done = [process.returncode == 0 for process in processes]
+    assert any(done)
+    assert all(success or "FileExistsError" in output for success, output in zip(done, outputs, strict=True))
+    assert len(checkpoints(tmp_path / "results")) == sum(done)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(pictures: Path, tmp_path: Path) -> None:
     def limit() -> None:  # files cannot grow, as where the disk is full
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -114,7 +125,7 @@ def test_results_go_to_folders_with_spaces_and_letters_of_any_kind(pictures: Pat
     engine.train(model, datamodule=folder_data(folder))
     results = Path(engine.trainer.default_root_dir)
     assert (results / "report.html").is_file()
-    assert len(list(results.rglob("images/*/*.png"))) == 8
+    assert len(list(results.rglob("images/*/*.png"))) == 4  # the other half validates
     assert engine.export(model, "openvino").is_file()
 
 
@@ -271,3 +282,46 @@ def test_checkpoints_that_are_cut_off_or_malicious_are_refused(pictures: Path, t
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         SimpleNet.load_from_checkpoint(evil)
     assert not proof.exists()
+
+
+class Peak(Callback):
+    """Memory that is the process's own, at the start of each epoch or each hundredth batch."""
+
+    def __init__(self) -> None:
+        self.used: list[int] = []
+
+    def measure(self) -> None:
+        self.used.append(psutil.Process().memory_full_info().uss)
+
+    def on_train_epoch_end(self, *_args: object) -> None:
+        self.measure()
+
+    def on_predict_batch_end(self, *arguments: object) -> None:
+        if arguments[4] % 100 == 50:
+            self.measure()
+
+
+@pytest.mark.trial
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    """Predict a folder without pictures; train on images whose maps do not fit the cache."""
+    predicted, trained = (5000, 20_000) if FULL_TRIALS else (400, 100)
+    write_images(tmp_path / "images" / "good", max(predicted, trained), (16, 16))
+    small = {"image_size": (32, 32), "feature_cache_memory": 1e-6}
+    watch = Peak()
+    engine = Engine(callbacks=[watch], accelerator="cpu", default_root_dir=tmp_path / "results", logger=False)
+    data = Subset(PredictDataset(tmp_path / "images"), range(predicted))
+    loader = DataLoader(data, collate_fn=ImageBatch.collate)
+    engine.predict(tiny_model(visualizer=False, **small), dataloaders=loader, return_predictions=False)
+    grown = watch.used[-1] - watch.used[0]
+    record(f"predicting {predicted} images", memory_grown_by=f"{grown / 2**20:.1f} MiB")
+    assert grown < 8 * 2**20
+
+    watch = Peak()
+    engine = Engine(
+        callbacks=[watch], max_epochs=3, accelerator="cpu", default_root_dir=tmp_path / "results", limit_val_batches=0
+    )
+    data = Folder("many", "good", tmp_path / "images", train_batch_size=32, num_workers=0, val_split_mode="none")
+    engine.fit(tiny_model(**small), datamodule=data)
+    grown = watch.used[-1] - watch.used[0]
+    record(f"training on {trained} images, maps not kept", memory_grown_by=f"{grown / 2**20:.1f} MiB")
+    assert grown < 8 * 2**20
