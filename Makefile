@@ -10,7 +10,7 @@ quickstart: .venv/quickstart
 	$(BIN)/python -m anomalib_simplenet.quickstart
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 trials: .venv/dev
 	TRIALS=full $(BIN)/python -m pytest -m trial tests

@@ -16,6 +16,8 @@ import psutil
 import pytest
 import torch
 from anomalib.data import Folder, ImageBatch, PredictDataset
+from anomalib.data.utils import read_image
+from anomalib.deploy import OpenVINOInferencer
 from anomalib.engine import Engine
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
@@ -201,6 +203,19 @@ def test_odd_and_broken_files_are_predicted_or_refused_by_name(tmp_path: Path) -
     record("odd and broken image files", tried=trials, lost="nothing: all predicted or refused by name", **counts)
 
 
+def test_exported_models_take_odd_images_as_the_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # OpenVINOInferencer leaves a cache where it is called
+    model = tiny_model(visualizer=False, post_processor=False).eval()
+    exported = OpenVINOInferencer(model.to_openvino(tmp_path), device="CPU")
+    for kind in ALWAYS_PREDICTED:
+        content, suffix = fuzzed(kind, random.Random(2))
+        path = tmp_path / f"image{suffix}"
+        path.write_bytes(content)
+        with torch.no_grad():
+            expected = model(read_image(path, as_tensor=True)[None]).pred_score.item()
+        assert exported.predict(path).pred_score.item() == pytest.approx(expected, abs=1e-3), kind
+
+
 def test_a_broken_image_among_others_is_named_whatever_is_done_with_it(pictures: Path) -> None:
     model = tiny_model()
     for part in ("train/good", "test/good", "ground_truth/bad"):
@@ -275,6 +290,10 @@ def test_checkpoints_that_are_cut_off_or_malicious_are_refused(pictures: Path, t
         for run in (engine.test, engine.fit):
             with pytest.raises(ValueError, match=r"cut\.ckpt is no checkpoint, or was cut off"):
                 run(tiny_model(), datamodule=folder_data(pictures), ckpt_path=cut)
+    for version in ("1.9.0", "99.0.0"):
+        other = tmp_path / "other.ckpt"
+        torch.save(torch.load(checkpoint, weights_only=True) | {"pytorch-lightning_version": version}, other)
+        engine.test(tiny_model(), datamodule=folder_data(pictures), ckpt_path=other)
     evil, proof = tmp_path / "evil.ckpt", tmp_path / "executed"
     torch.save(torch.load(checkpoint, weights_only=True) | {"callbacks": Evil(proof)}, evil)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):

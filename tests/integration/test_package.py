@@ -92,10 +92,16 @@ def test_wheel_has_the_entry_point_that_torch_calls(wheel: Path) -> None:
     ]
 
 
+def install(wheel: Path, target: Path) -> dict[str, str]:
+    """Install a wheel into a folder, and give the environment that has it imported from there."""
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-index")
+    run(*pip, "--target", str(target), str(wheel), cwd=target.parent)
+    return {"PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+
+
 def test_installed_wheel_registers_the_model(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-index")
-    run(*pip, "--target", str(target), str(wheel), cwd=tmp_path)
+    environment = install(wheel, target)
     code = f"""
 import sys
 from importlib.metadata import distribution
@@ -109,5 +115,49 @@ modules = [module for name, module in sys.modules.items() if name.startswith("an
 assert all(Path(module.__file__).resolve().is_relative_to(target) for module in modules), modules
 assert distribution("anomalib-simplenet").locate_file("").resolve() == target
 """
-    environment = {"PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
     run(sys.executable, "-c", code, cwd=tmp_path, **environment)
+
+
+def test_other_plug_ins_of_torch_and_anomalib_work_beside_it(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    environment = install(wheel, target)
+    for name in ("aa_before", "zz_after"):
+        info = target / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[torch.backends]\n{name} = {name}:autoload\n")
+        (target / f"{name}.py").write_text("""
+from wrapt import register_post_import_hook
+met = []
+def autoload():
+    register_post_import_hook(met.append, "anomalib.models.image")
+""")
+    code = """
+import torch, aa_before, zz_after
+from anomalib.models import SimpleNet, get_model
+assert [module.__name__ for module in aa_before.met + zz_after.met] == ["anomalib.models.image"] * 2
+assert type(get_model("SimpleNet", backbone="resnet18", pre_trained=False)) is SimpleNet
+"""
+    run(sys.executable, "-c", code, cwd=tmp_path, **environment)
+
+
+@pytest.mark.parametrize("rubbish", ["", "syntax error", "raise SystemError", "import missing_module"])
+def test_a_broken_install_leaves_torch_and_anomalib_usable(wheel: Path, tmp_path: Path, rubbish: str) -> None:
+    target = tmp_path / "site"
+    environment = install(wheel, target)
+    for path in (target / PACKAGE.name).rglob("*.py"):
+        if path.relative_to(target / PACKAGE.name).as_posix() not in {"__init__.py", "registry.py"}:
+            path.write_text(rubbish)
+    code = "import torch; torch.zeros(1); from anomalib.models import get_model; get_model('Padim', pre_trained=False)"
+    run(sys.executable, "-c", code, cwd=tmp_path, **environment)
+
+
+def test_uninstalling_leaves_nothing_behind(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"), cwd=tmp_path)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
+    before = set((tmp_path / "venv").rglob("*"))
+    run(*pip, "install", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
+    assert set((tmp_path / "venv").rglob("*")) > before
+    run(*pip, "uninstall", "--yes", "anomalib-simplenet", cwd=tmp_path)
+    assert set((tmp_path / "venv").rglob("*")) == before
