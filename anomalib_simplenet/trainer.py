@@ -40,10 +40,10 @@ def share_results_folder(trainer: Trainer) -> None:
         if own.is_dir() and not any(own.iterdir()):
             own.rmdir()
     trainer.strategy.barrier()
-    latest = shared.with_name("latest")
-    if trainer.is_global_zero and latest.is_symlink() and latest.readlink() != shared:
+    latest = shared.absolute().with_name("latest")
+    if trainer.is_global_zero and latest.is_symlink() and not latest.exists():  # it named one of those
         latest.unlink()
-        latest.symlink_to(shared, target_is_directory=True)
+        latest.symlink_to(shared.absolute(), target_is_directory=True)
 
 
 def check_checkpoints(trainer: Trainer) -> None:

@@ -62,6 +62,8 @@ def test_two_processes_learn_and_find_what_one_does(pictures: Path) -> None:
     finish(start(pictures, "two", TWO))
     assert_as_one(pictures, "two")
     results = next((pictures.parent / "two").rglob("report.html")).parent
+    assert [path.name for path in results.parent.iterdir() if not path.is_symlink()] == [results.name]
+    assert (results.parent / "latest").resolve() == results
     assert len(list(results.rglob("predictions*"))) == len(list(results.rglob("*.ckpt"))) == 1
     assert len(list(results.rglob("images/test/*/*.png"))) == 7
 
