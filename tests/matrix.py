@@ -54,7 +54,7 @@ def run(folder: Path, program: str, requirements: tuple[str, ...], tests: list[s
     if installed.returncode:
         return {"result": f"cannot be installed: {installed.stderr.strip().splitlines()[-1]}"}
     versions = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", *tests]
     tested = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = tested.stdout.strip().splitlines()
     failed = ", ".join(line.split()[1] for line in lines if line.startswith(("FAILED", "ERROR")))

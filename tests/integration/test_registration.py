@@ -64,7 +64,7 @@ def test_cli_takes_the_model_by_name_and_prints_its_defaults(process: Process) -
 def test_cli_help_describes_every_argument(process: Process) -> None:
     text = process.run(ANOMALIB, "train", "--model.help=SimpleNet").stdout
 
-    found = re.findall(r"^  --model\.(\w+) (.*?)\(type:\s", text, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^  --model\.(?:init_args\.)?(\w+)[ ,](.*?)\(type:\s", text, flags=re.MULTILINE | re.DOTALL)
     assert [name for name, _ in found] == list(ARGUMENTS)
     for name, entry in found:
         metavars, _, description = entry.partition("\n")

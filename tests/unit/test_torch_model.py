@@ -105,22 +105,23 @@ def test_fused_eval_equals_the_plain_path(**arguments: object) -> None:
 @settings(max_examples=30, deadline=None)
 @given(**CONFIGURATIONS)
 def test_training_step_equals_the_plain_path(**arguments: object) -> None:
-    model, images = make_whitened(**arguments), torch.randn(2, 3, 32, 48)
+    # in double precision: in single, rounding near the bend of LeakyReLU may flip a gradient
+    model, images = make_whitened(**arguments).double(), torch.randn(2, 3, 32, 48, dtype=torch.float64)
     plain = deepcopy(model)
     torch.manual_seed(1)
     real, fake = model(images)
     torch.manual_seed(1)
     adapted = plain.adapter(whitened(plain, images))
     expected = plain.discriminator(torch.cat([adapted, plain.anomaly_generator(adapted)]))
-    torch.testing.assert_close(torch.cat([real, fake]), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([real, fake]), expected, rtol=1e-9, atol=1e-9)
     (fake.square().mean() - real.mean()).backward()
     expected_real, expected_fake = expected.chunk(2)
     (expected_fake.square().mean() - expected_real.mean()).backward()
     for (name, value), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         if value.requires_grad:
-            assert (value.grad - other.grad).abs().max() <= 1e-4 * (1 + other.grad.abs().max()), name
+            assert (value.grad - other.grad).abs().max() <= 1e-9 * (1 + other.grad.abs().max()), name
     for name, value in model.discriminator.named_buffers():  # batch norm
-        torch.testing.assert_close(value, plain.discriminator.get_buffer(name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, plain.discriminator.get_buffer(name), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("patch_fraction", [1.0, 0.5])
