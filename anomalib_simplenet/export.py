@@ -95,8 +95,18 @@ def keep_float32(model: ov.Model) -> None:
 
     Where the processor knows bfloat16, OpenVINO uses it by default. Scores then move by several hundredths of their
     range, and labels with them. Weights are not marked: FP16 compression still halves the file, and what was quantised
-    is computed in eight bits.
+    is computed in eight bits. What OpenVINO replaces when it compiles loses the mark: max pooling is replaced here
+    already; layer norm and attention stay in bfloat16.
     """
+    from openvino import opset1
+
+    for node in model.get_ops():
+        given = node.get_attributes()
+        if node.get_type_name() == "MaxPool" and set(given.get("dilations", [0])) == {1}:
+            names = ("strides", "pads_begin", "pads_end", "kernel", "rounding_type", "auto_pad")
+            pool = opset1.max_pool(node.input_value(0), *(given[name] for name in names))
+            pool.set_friendly_name(node.get_friendly_name())
+            node.output(0).replace(pool.output(0))
     for node in model.get_ops():
         if node.get_type_name() != "Constant":
             node.get_rt_info()["precise_0"] = ""

@@ -6,6 +6,7 @@ Interpreters that this machine lacks are left out. Prints a table and writes ``t
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -13,15 +14,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tests" / "benchmarks" / "results" / "matrix.json"
-OLDEST = ("torch==2.7.*", "torchvision==0.22.*", "timm==1.0.*", "lightning==2.6.0", "jsonargparse==4.27.7")
+# the lowest version that pyproject.toml admits of each requirement
+OLDEST = re.findall(r'^    "([\w\[\]-]+>=[\d.]+)', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
 COMBINATIONS = {  # name: interpreter, what to install beside the package's own requirements
     "python3.10": ("python3.10", ()),
     "python3.11": ("python3.11", ()),
     "python3.12": ("python3.12", ()),
     "python3.13": ("python3.13", ()),
-    "anomalib2.6": ("python3.11", ("anomalib==2.6.0",)),
-    "oldest": ("python3.11", ("anomalib==2.6.0", *OLDEST)),
-    "anomalib2.5": ("python3.11", ("anomalib==2.5.1",)),
+    "oldest": ("python3.10", tuple(requirement.replace(">=", "==") for requirement in OLDEST)),
 }
 PACKAGES = ("anomalib", "torch", "torchvision", "timm", "lightning", "jsonargparse", "openvino")
 VERSIONS = f"from importlib.metadata import version; print({{name: version(name) for name in {PACKAGES}}})"

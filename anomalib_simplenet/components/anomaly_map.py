@@ -43,10 +43,10 @@ class AnomalyMapGenerator(nn.Module):
             return rows @ patch_scores @ columns.mT
 
     def _smooth(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Smooth the columns of a matrix ``(H, h)``; gives ``(1, 1, H, h)``."""
-        size, radius = matrix.shape[0], len(self.kernel) // 2  # len() would fix the size of exported graphs
+        """Smooth the columns of a matrix ``(1, 1, H, h)``."""
+        size, radius = matrix.shape[2], len(self.kernel) // 2  # len() would fix the size of exported graphs
         # Padded as d c b a | a b c d | d c b a, which F.pad cannot.
         index = torch.arange(-radius, size + radius, device=matrix.device)
         index = index.remainder(torch.full_like(index, 2 * size))  # ONNX has no remainder of a size that is not fixed
-        padded = matrix.index_select(0, torch.minimum(index, 2 * size - 1 - index))
-        return F.conv2d(padded[None, None], self.kernel.to(matrix.dtype).view(1, 1, -1, 1))
+        padded = matrix.index_select(2, torch.minimum(index, 2 * size - 1 - index))
+        return F.conv2d(padded, self.kernel.to(matrix.dtype).view(1, 1, -1, 1))

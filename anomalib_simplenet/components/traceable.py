@@ -1,8 +1,9 @@
 """Resizing and activation in forms that exported models keep exact.
 
 OpenVINO computes in bfloat16 where the processor can, but for operations marked as sensitive to precision
-(:func:`anomalib_simplenet.export.keep_float32`). Interpolation and leaky ReLU lose the mark in OpenVINO's own rewriting
-of the graph; matrix products, sums and absolute values keep it. So the latter are used while a graph is being traced.
+(:func:`anomalib_simplenet.export.keep_float32`). Interpolation, quotients and leaky ReLU lose the mark in OpenVINO's
+own rewriting of the graph; matrix products, sums and absolute values keep it. So the latter are used while a graph is
+being traced.
 """
 
 from collections.abc import Sequence
@@ -32,8 +33,7 @@ def resize_by_product(image: torch.Tensor, size: tuple[int, int] | torch.Size) -
     """Resize images ``(..., h, w)`` to ``(..., H, W)``, antialiased where that is smaller, by two matrix products."""
     rows = resize_matrix(image.shape[-2], size[0], image, antialias=True)
     columns = resize_matrix(image.shape[-1], size[1], image, antialias=True)
-    # Of four dimensions each, or OpenVINO rewrites the products.
-    return rows[None, None] @ (image @ columns.mT[None, None])
+    return rows @ (image @ columns.mT)
 
 
 def add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -47,14 +47,15 @@ def add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def leaky_relu(features: torch.Tensor, negative_slope: float) -> torch.Tensor:
-    """Apply leaky ReLU, in place."""
+    """Apply leaky ReLU to maps ``(N, C, h, w)``, in place."""
     if torch.compiler.is_compiling():
-        return 0.5 * (1 + negative_slope) * features + 0.5 * (1 - negative_slope) * features.abs()
+        half = features.new_full((features.shape[1], 1, 1), 0.5)  # products with one number lose the mark, too
+        return (1 + negative_slope) * half * features + (1 - negative_slope) * half * features.abs()
     return F.leaky_relu(features, negative_slope, inplace=True)
 
 
 def resize_matrix(size: int, out: int, like: torch.Tensor, antialias: bool) -> torch.Tensor:
-    """Linear interpolation of ``size`` samples at ``out`` places, as a matrix ``(out, size)``.
+    """Linear interpolation of ``size`` samples at ``out`` places, as a matrix ``(1, 1, out, size)``.
 
     Each output averages the input under a triangle; antialiased, as wide as the inputs that one output stands for. In
     whole numbers up to the last division.
@@ -63,5 +64,7 @@ def resize_matrix(size: int, out: int, like: torch.Tensor, antialias: bool) -> t
     sample = out * (2 * torch.arange(size, device=like.device) + 1)
     # max() would fix the size of exported graphs.
     width = (size + out + abs(size - out)) // 2 if antialias else out
-    weight = (2 * width - (sample[None] - centre[:, None]).abs()).clamp(min=0)
-    return weight.to(like.dtype) / weight.sum(dim=1, keepdim=True).to(like.dtype)
+    # Whole numbers are given their four dimensions, or OpenVINO rewrites the products.
+    weight = (2 * width - (sample[None, None, None] - centre[None, None, :, None]).abs()).clamp(min=0)
+    total = weight.sum(dim=3, keepdim=True).to(like.dtype)
+    return weight.to(like.dtype) * total.pow(torch.full_like(total, -1.0))  # a quotient loses the mark, too

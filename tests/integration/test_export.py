@@ -47,6 +47,37 @@ def test_exports_agree_with_the_model(
         assert torch.equal(model(images).pred_score, expected.pred_score)
 
 
+@pytest.mark.parametrize(
+    "pre_processor",
+    [
+        pytest.param(SimpleNet.configure_pre_processor((96, 80), (64, 48)), id="cropped as in the paper"),
+        pytest.param(
+            PreProcessor(Compose([NORMALIZE, Resize((64, 64), antialias=True)])),
+            id="resized last",
+            marks=pytest.mark.skipif(ov.__version__ < "2026.4", reason="OpenVINO rounds the matrices that resize"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("arguments", [{}, {"whiten": True, "distance_weight": 2.4}, {"whiten": "local"}])
+def test_nothing_is_computed_in_bfloat16(
+    tmp_path: Path, pre_processor: PreProcessor, arguments: dict[str, object]
+) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(pre_processor=pre_processor, layers=["layer1", "layer2"], adapter_layers=1, **arguments)
+    images = torch.rand(3, 3, 150, 170)
+    if arguments:
+        whitening = model.model.whitening
+        whitening.fit(whitening.moments([model.model.embed(pre_processor(images))]))
+    path = model.eval().to_openvino(tmp_path)
+    compiled = [ov.Core().compile_model(path, "CPU", config) for config in ({}, {"INFERENCE_PRECISION_HINT": "f32"})]
+    answers = [each(images.numpy()) for each in compiled]
+    for field in ("pred_score", "anomaly_map"):
+        np.testing.assert_allclose(answers[0][field], answers[1][field], rtol=1e-5, atol=1e-6)
+    nodes = compiled[0].get_runtime_model().get_ops()
+    names = [node.get_friendly_name() for node in nodes if "bf16" in str(node.get_rt_info()["runtimePrecision"].value)]
+    assert not names
+
+
 @pytest.mark.parametrize(("size", "out"), [((90, 70), (32, 48)), ((20, 30), (64, 31)), ((40, 40), (40, 40))])
 def test_resize_by_product_is_the_antialiased_resize(size: tuple[int, int], out: tuple[int, int]) -> None:
     images = torch.rand(2, 3, *size)
@@ -59,7 +90,7 @@ def test_leaky_relu_is_the_same_while_a_graph_is_traced() -> None:
         def forward(self, features: torch.Tensor) -> torch.Tensor:
             return leaky_relu(features, 0.2)
 
-    features = torch.randn(100)
+    features = torch.randn(2, 5, 4, 3)
     traced = torch.export.export(Activation(), (features,)).module()
     torch.testing.assert_close(traced(features), torch.nn.functional.leaky_relu(features, 0.2))
 
