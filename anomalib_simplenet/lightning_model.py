@@ -64,7 +64,7 @@ class SimpleNet(AnomalibModule):
 
     CVPR 2023, https://arxiv.org/abs/2303.15140. A discriminator learns to tell adapted features of normal images from
     the same features with Gaussian noise. Trains for the paper's 160 passes unless the trainer is given ``max_epochs``,
-    ``max_steps`` or ``max_time``. Validates once, after the last of them, when anomalib chooses thresholds; each epoch
+    ``max_steps`` or ``max_time``. Validates after the last of them, when anomalib chooses thresholds; besides each epoch
     where a callback monitors something, or as ``check_val_every_n_epoch`` or ``val_check_interval`` say.
 
     Args:
@@ -178,7 +178,9 @@ class SimpleNet(AnomalibModule):
         self.feature_cache_memory = feature_cache_memory
         self.feature_cache_dtype = DTYPES[feature_cache_dtype]
         self._cache: FeatureCache | None = None
-        self._validate_last = False
+        self._validate_only_last = False
+        self._check_val_every_n_epoch: int | None = 1
+        self._validated_step: int | None = None
         self._random_state: dict[str, torch.Tensor] | None = None
         self.report = report
         self.adapter_lr = adapter_lr
@@ -207,8 +209,15 @@ class SimpleNet(AnomalibModule):
         self._check_image_size()
 
     def setup(self, stage: str) -> None:
-        """Prepare the trainer: its data loaders, results folder and reading of checkpoints."""
+        """Prepare the trainer: its data loaders, results folder and reading of checkpoints.
+
+        Raises:
+            ValueError: If the trainer's precision is not one that anomalib's batches go with.
+        """
         super().setup(stage)
+        if self.trainer.precision not in {"32-true", "16-mixed", "bf16-mixed"}:
+            msg = f"precision is {self.trainer.precision}, expected 32-true, 16-mixed or bf16-mixed."
+            raise ValueError(msg)
         check_checkpoints(self.trainer)
         if self.trainer.world_size > 1:
             share_results_folder(self.trainer)
@@ -307,18 +316,24 @@ class SimpleNet(AnomalibModule):
             self.feature_cache_dtype,
             self.feature_cache_memory,
         )
-        if trainer.ckpt_path is not None and self._random_state is not None:  # go on as if never interrupted
+        if trainer.ckpt_path is None:
+            self.model.forget_averages()
+        elif self._random_state is not None:  # go on as if never interrupted
             _set_random_state(self._random_state)
-        self._validate_last = (
+        if trainer.check_val_every_n_epoch == _NEVER:  # an earlier fit was interrupted
+            trainer.check_val_every_n_epoch = 1
+        self._check_val_every_n_epoch = trainer.check_val_every_n_epoch
+        self._validate_only_last = (
             trainer.check_val_every_n_epoch == 1
             and trainer.val_check_interval == 1.0
             and not any(getattr(callback, "monitor", None) for callback in trainer.callbacks)
         )
+        self._validated_step = None
 
     def on_train_start(self) -> None:
-        """Fit the whitening, in a pass over the training images."""
+        """Fit the whitening, in a pass over the training images, unless training goes on from a checkpoint."""
         whitening = self.model.whitening
-        if whitening is None or whitening.fitted:
+        if whitening is None or (whitening.fitted and self.trainer.ckpt_path is not None):
             return
         with torch.random.fork_rng(devices=[]):  # workers draw the first epoch's order before this pass, others after
             torch.manual_seed(0)
@@ -348,21 +363,27 @@ class SimpleNet(AnomalibModule):
         if self._cache is not None and self._cache.complete:
             loader = self.trainer.train_dataloader
             vars(loader).update(num_workers=0, timeout=0, _iterator=None)
-        if self._validate_last:
+        if self._validate_only_last:
             self.trainer.check_val_every_n_epoch = _NEVER
 
     def on_train_batch_end(self, *_args, **_kwargs) -> None:
         """Let Lightning validate if this was the last batch of training, whichever limit ended it."""
         trainer = self.trainer
-        if self._validate_last:
-            if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
-                trainer.should_stop = True  # in mid-epoch Lightning validates only on this
-            is_last_epoch = trainer.max_epochs != -1 and trainer.current_epoch + 1 >= trainer.max_epochs
-            if trainer.should_stop or (trainer.is_last_batch and is_last_epoch):
-                trainer.check_val_every_n_epoch = 1
+        is_last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+        is_last_epoch = trainer.max_epochs != -1 and trainer.current_epoch + 1 >= trainer.max_epochs
+        if is_last_step or (trainer.is_last_batch and is_last_epoch):
+            trainer.should_stop = True  # on which Lightning validates also in mid-epoch
+        if trainer.should_stop:  # with None, checkpoint callbacks save after each validation, as with the user's 2
+            trainer.check_val_every_n_epoch = 1 if self._check_val_every_n_epoch == 1 else None
+
+    def on_validation_end(self) -> None:
+        """Note that thresholds belong to the weights of now."""
+        self._validated_step = self.trainer.global_step
 
     def on_train_epoch_end(self) -> None:
         """Give the setting back, which checkpoint callbacks, called next, read to save after each epoch.
+
+        Validates first if a callback has just ended training.
 
         Raises:
             ValueError: If the weights are no longer finite: such weights are not saved.
@@ -374,8 +395,12 @@ class SimpleNet(AnomalibModule):
                 f"({self.hparams.get('noise_std')})."
             )
             raise ValueError(msg)
-        if self._validate_last:
-            self.trainer.check_val_every_n_epoch = 1
+        trainer = self.trainer
+        trainer.check_val_every_n_epoch = self._check_val_every_n_epoch
+        if trainer.should_stop and trainer.enable_validation and self._validated_step != trainer.global_step:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def on_fit_end(self) -> None:
         """Free the feature maps."""
@@ -417,8 +442,14 @@ class SimpleNet(AnomalibModule):
         wished = {name: getattr(self.post_processor, name, None) for name in ("image_sensitivity", "pixel_sensitivity")}
         super().on_load_checkpoint(checkpoint)
         for name, value in wished.items():
-            if self.post_processor is not None and value not in {None, _DEFAULT_SENSITIVITY}:
+            saved_value = getattr(self.post_processor, name, None)
+            if value not in {None, _DEFAULT_SENSITIVITY}:
                 setattr(self.post_processor, name, value)
+            elif value != saved_value:
+                logger.warning(
+                    "Taking %s=%s from the checkpoint. To have %s, ask for %s: the default is taken for no wish.",
+                    *(name, saved_value, value, _DEFAULT_SENSITIVITY + 1e-3),
+                )
         self._match_export_to_training()
         self._random_state = checkpoint.get("random_state")
         older = {

@@ -155,6 +155,11 @@ class SimpleNetModel(nn.Module):
             return [self.whitening(self.patch_aggregation(features))]
         return self.patch_aggregation.pool(features)
 
+    def forget_averages(self) -> None:
+        """Let the averaged weights start anew from those of the next step."""
+        if self.averaged is not None:
+            self.averaged_steps.zero_()
+
     @torch.no_grad()
     def average(self) -> None:
         """Move the averaged weights towards the trained ones; to be called after each step of the optimizer.

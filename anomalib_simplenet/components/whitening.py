@@ -9,6 +9,7 @@ from torch import nn
 # Of the mean variance: keeps directions without information from being blown up.
 REGULARISATION = 1e-2
 LOCAL_REGULARISATION = 1e-3
+SMALLEST_VARIANCE = 1e-6  # of the mean square
 
 
 class Whitening(nn.Linear):
@@ -38,7 +39,8 @@ class Whitening(nn.Linear):
             embeddings (Iterable[torch.Tensor]): Of batches, of shape ``(N, dimension, h, w)`` each.
 
         Returns:
-            torch.Tensor: Sum over patches ``x`` of the outer product of ``[1, x]`` with itself, in double precision.
+            torch.Tensor: Sum over patches ``x`` of the outer product of ``[1, x]`` with itself: of a batch's in single
+            precision, of the batches in double.
         """
         moments = torch.zeros(self.in_features + 1, self.in_features + 1, dtype=torch.float64)
         for embedding in embeddings:
@@ -48,9 +50,14 @@ class Whitening(nn.Linear):
         return moments
 
     def fit(self, moments: torch.Tensor) -> None:
-        """Take mean and covariance from :meth:`moments`."""
+        """Take mean and covariance from :meth:`moments`.
+
+        Raises:
+            ValueError: If all patches are the same.
+        """
         mean = moments[0, 1:] / moments[0, 0]
         covariance = moments[1:, 1:] / moments[0, 0] - torch.outer(mean, mean)
+        _check_variance(covariance, mean)
         weight = _inverse_root(covariance, REGULARISATION)
         self.weight.copy_(weight)
         self.bias.copy_(-weight @ mean)
@@ -102,7 +109,8 @@ class LocalWhitening(nn.Module):
         if tuple(embedding.shape[-2:]) != (height, width):
             msg = (
                 f"The image gives {embedding.shape[2]} x {embedding.shape[3]} patches, expected {height} x {width}, as "
-                'in training: with whiten "local" all images must have one size. Resize them in the pre_processor.'
+                'in training: with whiten "local" all images must have one size. Resize them in the pre_processor; '
+                "without one, export with --input_size as in training."
             )
             raise ValueError(msg)
         white = _positions(embedding - self.mean) @ self.weight
@@ -115,8 +123,8 @@ class LocalWhitening(nn.Module):
             embeddings (Iterable[torch.Tensor]): Of batches, of shape ``(N, dimension, h, w)`` each.
 
         Returns:
-            torch.Tensor: Count of images, and of each position the sum and the sum of outer products, in one row and
-            double precision.
+            torch.Tensor: Count of images, and of each position the sum and the sum of outer products, in one row; of a
+            batch's in single precision, of the batches in double.
         """
         count, sums, products = 0, torch.zeros(()), torch.zeros(())
         for embedding in embeddings:
@@ -131,7 +139,7 @@ class LocalWhitening(nn.Module):
         """Take means and covariances from :meth:`moments`.
 
         Raises:
-            ValueError: If they are of one image only.
+            ValueError: If they are of one image only, or of images that are all the same.
         """
         if moments[0] < 2:
             msg = 'There is 1 training image, expected 2 or more: whiten "local" compares images. Set whiten to true.'
@@ -142,6 +150,7 @@ class LocalWhitening(nn.Module):
         means = _positions(mean[None])
         local = (products - count * means.mT @ means) / (count - 1)
         share = self.out_features / (self.out_features + 4 * count)
+        _check_variance(local, mean)
         shrunk = local.lerp_(local.mean(dim=0), share)
         self.mean = mean.to(self.mean)
         self.weight = torch.stack([_inverse_root(each, LOCAL_REGULARISATION).to(self.weight) for each in shrunk])
@@ -158,6 +167,14 @@ class LocalWhitening(nn.Module):
 def _positions(maps: torch.Tensor) -> torch.Tensor:
     """Patches of each position, ``(h * w, N, dimension)``."""
     return maps.flatten(2).permute(2, 0, 1)
+
+
+def _check_variance(covariance: torch.Tensor, mean: torch.Tensor) -> None:
+    """Raise unless patches differ by more than rounding."""
+    variance = covariance.diagonal(dim1=-2, dim2=-1).mean()
+    if variance <= SMALLEST_VARIANCE * mean.square().mean():
+        msg = f"The training images' patches do not differ (mean variance {variance:.3g}): whiten has nothing to go by."
+        raise ValueError(msg)
 
 
 def _inverse_root(covariance: torch.Tensor, regularisation: float) -> torch.Tensor:

@@ -19,11 +19,12 @@ from .conftest import folder_data, tiny_model
 class Count(Callback):
     """Count what happens in a fit, and stop it early if told to."""
 
-    def __init__(self, stop_after_batches: int | None = None) -> None:
+    def __init__(self, stop_after_batches: int | None = None, stop_after_epochs: int | None = None) -> None:
         self.epochs = self.steps = 0
         self.validated_at: list[int] = []
         self.limit: int | None = None
         self.stop_after_batches = stop_after_batches
+        self.stop_after_epochs = stop_after_epochs
 
     def on_train_start(self, trainer: Trainer, *_args: object) -> None:
         self.limit = trainer.max_epochs
@@ -35,8 +36,10 @@ class Count(Callback):
         if self.steps == self.stop_after_batches:
             trainer.should_stop = True
 
-    def on_train_epoch_end(self, *_args: object) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, *_args: object) -> None:
         self.epochs += 1
+        if self.epochs == self.stop_after_epochs:
+            trainer.should_stop = True
 
     def on_validation_end(self, *_args: object) -> None:
         self.validated_at.append(self.steps)
@@ -64,6 +67,9 @@ def test_trains_for_the_papers_160_epochs_and_validates_once_where_nothing_is_sa
         ({"max_steps": 4}, 2, 4),
         ({"max_epochs": 1, "max_steps": 50}, 1, 3),
         ({"count": Count(stop_after_batches=5), "max_epochs": 9}, 2, 5),
+        ({"count": Count(stop_after_epochs=2), "max_epochs": 9}, 2, 6),
+        ({"max_epochs": 3, "check_val_every_n_epoch": 9}, 3, 9),
+        ({"max_steps": 4, "check_val_every_n_epoch": 9}, 2, 4),
     ],
 )
 def test_the_users_limit_wins_and_validation_runs_once_at_its_end(
@@ -89,12 +95,35 @@ def test_max_time_takes_the_place_of_epochs(pictures: Path) -> None:
     ("wish", "validated_at"),
     [
         ({"check_val_every_n_epoch": 2}, [6, 12]),
+        ({"check_val_every_n_epoch": 3}, [9, 12]),
+        ({"check_val_every_n_epoch": 3, "count": Count(stop_after_epochs=2)}, [6]),
         ({"check_val_every_n_epoch": None, "val_check_interval": 3}, [3, 6, 9, 12]),
+        ({"check_val_every_n_epoch": None, "val_check_interval": 5}, [5, 10, 12]),
+        ({"callbacks": [EarlyStopping("train_loss", patience=9)], "max_steps": 5}, [3, 5]),
         ({"callbacks": [EarlyStopping("train_loss", patience=9)]}, [3, 6, 9, 12]),
     ],
 )
 def test_who_asks_for_more_validation_gets_it(pictures: Path, wish: dict, validated_at: list[int]) -> None:
     assert fit(pictures, max_epochs=4, **wish)[0].validated_at == validated_at
+
+
+def test_a_fit_that_failed_does_not_keep_the_next_from_validating(pictures: Path) -> None:
+    class FailOnce(Callback):
+        failed = False
+
+        def on_train_batch_end(self, *_args: object) -> None:
+            if not self.failed:
+                self.failed = True
+                msg = "power cut"
+                raise RuntimeError(msg)
+
+    count, model, data = Count(), tiny_model(), folder_data(pictures)
+    results = pictures.parent / "results"
+    engine = Engine(callbacks=[FailOnce(), count], max_epochs=2, default_root_dir=results, accelerator="cpu")
+    with pytest.raises(RuntimeError, match="power cut"):
+        engine.fit(model, datamodule=data)
+    engine.fit(model, datamodule=data)
+    assert count.validated_at == [count.steps]
 
 
 def test_same_seed_same_weights_and_only_the_head_trains(pictures: Path) -> None:
@@ -143,6 +172,34 @@ def test_whitening_is_that_of_the_training_images_and_kept_on_resuming(pictures:
     other = Engine(max_epochs=2, default_root_dir=pictures.parent / "again", accelerator="cpu")
     other.fit(resumed, datamodule=folder_data(pictures), ckpt_path=engine.trainer.checkpoint_callback.best_model_path)
     assert torch.equal(resumed.model.whitening.weight, kept)
+
+
+@pytest.mark.parametrize("whiten", [True, "local"])
+def test_training_on_other_images_whitens_by_these_and_averages_anew(pictures: Path, whiten: bool | str) -> None:
+    model = tiny_model(whiten=whiten)
+    fit(pictures, model, max_epochs=2)
+    other = {"normal_dir": "test/bad", "abnormal_dir": "train/good", "mask_dir": None}
+    both = {}
+    for name, each in (("again", model), ("first", tiny_model(whiten=whiten))):
+        each.model.feature_extractor.load_state_dict(model.model.feature_extractor.state_dict())
+        engine = Engine(max_epochs=1, default_root_dir=pictures.parent / name, accelerator="cpu")
+        engine.fit(each, datamodule=folder_data(pictures, **other))
+        both[name] = each.model
+    torch.testing.assert_close(both["again"].whitening.weight, both["first"].whitening.weight)
+    assert both["again"].averaged_steps == both["first"].averaged_steps == 2
+
+
+def test_local_whitening_of_copies_is_refused(pictures: Path) -> None:
+    for path in (pictures / "train" / "good").iterdir():
+        path.write_bytes((pictures / "test" / "good" / "000.png").read_bytes())
+    with pytest.raises(ValueError, match="training images' patches do not differ"):
+        fit(pictures, tiny_model(whiten="local"), max_epochs=1)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_precision_that_batches_do_not_go_with_is_refused(pictures: Path, precision: str) -> None:
+    with pytest.raises(ValueError, match=f"precision is {precision}, expected 32-true, 16-mixed or bf16-mixed"):
+        fit(pictures, max_epochs=1, precision=precision)
 
 
 def folder_train(pictures: Path) -> list:
