@@ -48,13 +48,13 @@ def test_sensitivity_moves_its_own_threshold_of_the_model_and_its_export(
         answer = exported(images.numpy())
         with torch.no_grad():
             plain = model(images)
-        for field, score in (("pred_label", "pred_score"), ("pred_mask", "anomaly_map")):
+        threshold = {"image": 0.5, "pixel": 0.5, kind: 1 - sensitivity}
+        for field, score, limit in (("pred_label", "pred_score", "image"), ("pred_mask", "anomaly_map", "pixel")):
             # anomalib's threshold is the score of one of these images, where rounding decides
-            decided = (getattr(plain, score) - 0.5).abs().numpy() > 1e-6
+            decided = (getattr(plain, score) - threshold[limit]).abs().numpy() > 1e-6
             assert decided.mean() > 0.8
             assert (np.asarray(answer[field]) != getattr(plain, field).numpy())[decided].mean() < 0.01
         answers[sensitivity] = {name: answer[name] for name in ("pred_score", "pred_label", "anomaly_map", "pred_mask")}
-        threshold = {"image": 0.5, "pixel": 0.5, kind: 1 - sensitivity}
         np.testing.assert_array_equal(answer["pred_label"], answer["pred_score"] > threshold["image"])
         np.testing.assert_array_equal(answer["pred_mask"], answer["anomaly_map"] > threshold["pixel"])
     field = "pred_label" if kind == "image" else "pred_mask"
