@@ -64,8 +64,8 @@ class SimpleNet(AnomalibModule):
 
     CVPR 2023, https://arxiv.org/abs/2303.15140. A discriminator learns to tell adapted features of normal images from
     the same features with Gaussian noise. Trains for the paper's 160 passes unless the trainer is given ``max_epochs``,
-    ``max_steps`` or ``max_time``. Validates after the last step, when anomalib chooses thresholds; before that only each
-    epoch where a callback monitors something, or as ``check_val_every_n_epoch`` or ``val_check_interval`` say.
+    ``max_steps`` or ``max_time``. Validates after the last step, when anomalib chooses thresholds; before that, only
+    each epoch where a callback monitors something, or as ``check_val_every_n_epoch`` or ``val_check_interval`` say.
 
     Args:
         backbone (str | nn.Module): Name of a CNN or a ``vit_*`` of timm, or ``local-dir:FOLDER`` for a folder with

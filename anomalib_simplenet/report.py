@@ -7,6 +7,7 @@ import csv
 import io
 import logging
 import os
+from collections import Counter
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,8 @@ class Report(Callback):
     a line for each image: its path, score, label, true label (of a test), and the thresholds that made the label and
     the mask, on the scale of the scores. It grows as images are scored; several processes each write a part, which
     become one file in the order of the images. The page shows the figures with thresholds, how scores are spread, ROC
-    and precision-recall curves, and the pictures of the worst and the closest decisions.
+    and precision-recall curves (those of pixels where scores are normalised), and the pictures of the worst and the
+    closest decisions.
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: SimpleNet) -> None:
@@ -77,7 +79,8 @@ class Report(Callback):
     def on_test_batch_end(self, trainer: Trainer, pl_module: SimpleNet, outputs: ImageBatch, *_args, **_kwargs) -> None:
         """Write a batch's scores, and count those of its pixels."""
         self._write(pl_module, outputs)
-        if outputs.gt_mask is not None and outputs.anomaly_map is not None:
+        normalised = getattr(pl_module.post_processor, "enable_normalization", False)
+        if normalised and outputs.gt_mask is not None and outputs.anomaly_map is not None:
             maps, masks = outputs.anomaly_map.flatten(), outputs.gt_mask.flatten().bool()
             for label, scores in enumerate((maps[~masks], maps[masks])):
                 self._pixels[label] += torch.histc(scores.float(), BINS, 0, 1)
@@ -199,6 +202,8 @@ def _page(trainer: Trainer, model: SimpleNet, table: Path, pixels: torch.Tensor)
         ]
 
     galleries = []
+    made = {path: _picture_file(trainer, model, Path(path), table.parent) for path in paths if path}
+    times = Counter(made.values())
     if threshold is not None:
         with_path = torch.tensor([bool(path) for path in paths])
         for title, among, order in (
@@ -207,15 +212,26 @@ def _page(trainer: Trainer, model: SimpleNet, table: Path, pixels: torch.Tensor)
             ("Nearest calls", with_path, (scores - threshold).abs()),
         ):
             chosen = sorted(among.nonzero().flatten().tolist(), key=order.tolist().__getitem__)[:GALLERY]
-            pictures = [
-                _picture(trainer, model, Path(paths[index]), scores[index].item(), table.parent) for index in chosen
-            ]
+            pictures = []
+            for index in chosen:
+                path, picture = Path(paths[index]), made[paths[index]]
+                if times[picture] > 1:  # images of one name in folders of one name: the last one's picture was kept
+                    shown, name = path, str(path)
+                else:
+                    shown, name = picture if picture.is_file() else path, f"{path.parent.name}/{path.name}"
+                pictures.append({"name": name, "score": scores[index].item(), **_linked(shown, table.parent)})
             galleries.append((title, pictures))
 
     charts = [_histogram(scores, truth, threshold)]
     if truth.unique().numel() == 2:
-        false, true, at = binary_roc(scores, truth)
-        precision, recall, cut = binary_precision_recall_curve(scores, truth)
+        steps, rank = scores.double().unique(return_inverse=True)
+        # An image is defective if its score is above the threshold: halfway to the next lower score.
+        lower = torch.cat([steps[:1] - 1, steps])[:-1]
+        thresholds = torch.cat([(lower + steps) / 2, steps[-1:]])
+        share = rank.double() / len(steps)  # torchmetrics would squash scores that are not from 0 to 1
+        false, true, at = binary_roc(share, truth)
+        precision, recall, cut = binary_precision_recall_curve(share, truth)
+        at, cut = (thresholds[(each * len(steps)).round().long()] for each in (at, cut))
         charts += [_curve("ROC, images", "false alarms", false, "found", true, at)]
         charts += [_curve("Precision and recall, images", "recall", recall[:-1], "precision", precision[:-1], cut)]
     if pixels[1].sum():
@@ -259,23 +275,25 @@ def _curve(
         x=x[kept].tolist(),
         y=y[kept].tolist(),
         customdata=thresholds[kept].tolist(),
-        hovertemplate=f"{x_name} %{{x:.3f}}, {y_name} %{{y:.3f}}, threshold %{{customdata:.3f}}<extra></extra>",
+        hovertemplate=f"{x_name} %{{x:.3f}}, {y_name} %{{y:.3f}}, threshold %{{customdata:.6f}}<extra></extra>",
     )
     return chart
 
 
-def _picture(trainer: Trainer, model: SimpleNet, path: Path, score: float, folder: Path) -> dict[str, Any]:
-    """A small version of an image's picture, or of the image where there is none, and a link to it."""
-    shown = path
-    if model.visualizer is not None:
-        data = getattr(trainer, "datamodule", None)
-        names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
-        made = generate_output_filename(path, model.visualizer.output_dir or folder / "images", **names, mkdir=False)
-        shown = made if made.is_file() else path
+def _picture_file(trainer: Trainer, model: SimpleNet, path: Path, folder: Path) -> Path:
+    """Where the visualizer saves an image's picture; the image itself where there is none."""
+    if model.visualizer is None:
+        return path
+    data = getattr(trainer, "datamodule", None)
+    names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
+    return generate_output_filename(path, model.visualizer.output_dir or folder / "images", **names, mkdir=False)
+
+
+def _linked(shown: Path, folder: Path) -> dict[str, str]:
+    """A small version of a picture, and a link to it from a page in a folder."""
     with Image.open(shown) as image:
         image.thumbnail((1120, 224))
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "JPEG", quality=85)
     thumbnail = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    link = quote(Path(os.path.relpath(shown, folder)).as_posix())
-    return {"name": f"{path.parent.name}/{path.name}", "score": score, "link": link, "thumbnail": thumbnail}
+    return {"link": quote(Path(os.path.relpath(shown, folder)).as_posix()), "thumbnail": thumbnail}

@@ -19,14 +19,15 @@ class OblongImageVisualizer(ImageVisualizer):
     """anomalib's pictures, but of images more than twice as long as wide in their own shape instead of squares."""
 
     field_size: tuple[int, int]
+    output_dir: str | Path | None
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch: ImageBatch, *args, **kwargs) -> None:  # noqa: ANN001
-        """Save the pictures of a batch."""
-        square = self.field_size
+        """Save the pictures of a batch, by default in the results folder of this run."""
+        square, folder = self.field_size, self.output_dir
         for item in batch:
             self.field_size = _size(item, square)
             super().on_test_batch_end(trainer, pl_module, outputs, [item], *args, **kwargs)
-        self.field_size = square
+        self.field_size, self.output_dir = square, folder
 
 
 def _size(item: ImageItem, square: tuple[int, int]) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """predictions.csv and report.html."""
 
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.engine import Engine
+from anomalib.post_processing import PostProcessor
 
 from .conftest import folder_data, tiny_model, write_images
 
@@ -49,6 +51,60 @@ def test_a_test_leaves_a_table_and_a_page_that_agree(tested: Path) -> None:
     titles = ("Scores", "ROC, images", "Precision and recall, images", "ROC, pixels", "Precision and recall, pixels")
     assert all(f'"text":"{title}"' in page for title in titles)
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_thresholds_at_the_curves_give_what_the_curves_say(pictures: Path, normalised: bool) -> None:
+    write_images(pictures / "more", 20, seed=7)
+    for path in (pictures / "more").iterdir():
+        path.rename(pictures / "test" / "good" / f"more_{path.name}")
+    torch.manual_seed(0)
+    model = tiny_model(visualizer=False, post_processor=PostProcessor(enable_normalization=normalised))
+    model.model.discriminator.tail.weight.data *= 50
+    engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    engine.train(model, datamodule=folder_data(pictures, val_split_mode="same_as_test"))
+    results = Path(engine.trainer.default_root_dir)
+    rows = lines(results / "predictions.csv")
+    scores = {label: [float(row["pred_score"]) for row in rows if row["gt_label"] == label] for label in "01"}
+    assert normalised or max(map(max, scores.values())) > 1
+    page = (results / "report.html").read_text(encoding="utf-8")
+    plots = re.findall(r'Plotly\.newPlot\(\s*"[^"]+",\s*(\[.*?\]),\s*(\{.*?\}),\s*\{"displaylogo"', page, re.DOTALL)
+    curves = {json.loads(layout)["title"]["text"]: json.loads(data)[0] for data, layout in plots}
+    assert ("ROC, pixels" in curves) == normalised
+    curve = curves["ROC, images"]
+    assert len(curve["x"]) == len(set(scores["0"] + scores["1"])) + 1
+    for x, y, threshold in zip(curve["x"], curve["y"], curve["customdata"], strict=True):
+        above = {label: sum(score > threshold for score in scores[label]) / len(scores[label]) for label in "01"}
+        assert (above["0"], above["1"]) == pytest.approx((x, y))
+    curve = curves["Precision and recall, images"]
+    for recall, precision, threshold in zip(curve["x"], curve["y"], curve["customdata"], strict=True):
+        above = {label: sum(score > threshold for score in scores[label]) for label in "01"}
+        assert above["1"] / len(scores["1"]) == pytest.approx(recall)
+        assert above["1"] / (above["0"] + above["1"]) == pytest.approx(precision)
+
+
+def test_each_image_is_linked_to_a_picture_of_its_own_in_the_folder_of_its_run(pictures: Path) -> None:
+    """Also where folders of one name hold images of one name, and a model is tested by two engines."""
+    (pictures / "other").mkdir()
+    shutil.copytree(pictures / "test" / "bad", pictures / "other" / "bad")
+    torch.manual_seed(0)
+    model = tiny_model()
+    folders = {"masks": False, "name": "cells", "abnormal_dir": ["test/bad", "other/bad"]}
+    data = folder_data(pictures, **folders, val_split_mode="same_as_test")
+    for number in range(2):
+        engine = Engine(max_epochs=1, default_root_dir=pictures.parent / str(number), accelerator="cpu")
+        engine.train(model, datamodule=data)
+        results = Path(engine.trainer.default_root_dir)
+        assert len(list((results / "images").rglob("*.png"))) == 8
+        page = (results / "report.html").read_text(encoding="utf-8")
+        captions = dict(re.findall(r'<figure><a href="([^"]+)">.*?<figcaption>(.*?): ', page, re.DOTALL))
+        assert len(captions) == 12
+        for link, caption in captions.items():
+            shown = (results / link).resolve()
+            if "bad" in caption:
+                assert shown == Path(caption)
+            else:
+                assert shown == results.resolve() / "images" / caption
 
 
 def test_a_second_run_keeps_the_first_and_a_model_can_do_without(pictures: Path, tested: Path) -> None:
