@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.data.transforms import ExportableCenterCrop
 from anomalib.deploy import CompressionType
 from anomalib.metrics import F1Score
 from anomalib.pre_processing.utils.transform import convert_center_crop_transform
@@ -21,6 +23,10 @@ from .components.traceable import resize_by_product
 
 if TYPE_CHECKING:
     import openvino as ov
+
+logger = logging.getLogger(__name__)
+
+NEAREST = InterpolationMode.NEAREST
 
 
 class ExportableResize(Resize):
@@ -36,8 +42,9 @@ class ExportableResize(Resize):
         """Resize one image or batch of shape ``(..., H, W)``."""
         if not torch.compiler.is_compiling():
             return super().transform(inpt, params)
+        height, width = self.size if len(self.size) == 2 else super().transform(inpt, params).shape[-2:]
         # Transposed last: OpenVINO would take a normalisation that follows a product for a scale of its columns.
-        return resize_by_product(inpt.mT, self.size[::-1]).mT
+        return resize_by_product(inpt.mT, (width, height)).mT
 
 
 def exportable_transform(transform: Transform | None) -> Transform | None:
@@ -47,10 +54,39 @@ def exportable_transform(transform: Transform | None) -> Transform | None:
         transform (Transform | None): What a pre-processor applies in training.
 
     Returns:
-        Transform | None: A transform that computes the same. A ``Resize`` to a single number (the shorter side) or with
-        another interpolation is left as it is.
+        Transform | None: A transform that computes the same. An antialiased ``Resize`` with another interpolation than
+        bilinear is left as it is.
     """
     return convert_center_crop_transform(_replace_resize(deepcopy(transform)))
+
+
+def check_exportable(transform: Transform | None, input_size: tuple[int, int] | None) -> None:
+    """Refuse to export what depends on the size of images that can have any, and warn about what is not exact.
+
+    Args:
+        transform (Transform | None): What :func:`exportable_transform` gave.
+        input_size (tuple[int, int] | None): ``(height, width)`` of the images to export for; ``None`` for any.
+
+    Raises:
+        ValueError: If images of any size shall be resized to a single number (the shorter side), or cropped before they
+            are resized.
+    """
+    sized = input_size is not None
+    for part in _parts(transform):
+        is_resize = isinstance(part, Resize)
+        if not sized and ((is_resize and len(part.size or []) != 2) or isinstance(part, ExportableCenterCrop)):
+            msg = (
+                f"The pre_processor's {part} gives what depends on the size of the image, and cannot be exported for "
+                'images of any size: pass --input_size "[H,W]", in Python input_size.'
+            )
+            raise ValueError(msg)
+        sized = sized or is_resize
+        if is_resize and part.antialias and not isinstance(part, ExportableResize) and part.interpolation != NEAREST:
+            logger.warning(
+                "%s is exported without its antialiasing: answers will differ from the checkpoint's on images larger "
+                "than the model's input. Only bilinear interpolation is exported exactly.",
+                part,
+            )
 
 
 def split_resize(transform: Transform | None) -> tuple[tuple[int, int] | None, Transform | None]:
@@ -59,9 +95,10 @@ def split_resize(transform: Transform | None) -> tuple[tuple[int, int] | None, T
     Returns:
         tuple[tuple[int, int] | None, Transform | None]: ``(height, width)`` that it resizes to, if so, and the rest.
     """
-    if isinstance(transform, Compose) and isinstance(transform.transforms[0], ExportableResize):
-        height, width = transform.transforms[0].size
-        return (height, width), Compose(transform.transforms[1:])
+    parts = _parts(transform)
+    if parts and isinstance(parts[0], ExportableResize) and len(parts[0].size) == 2:
+        height, width = parts[0].size
+        return (height, width), Compose(parts[1:]) if parts[1:] else None
     return None, transform
 
 
@@ -150,10 +187,12 @@ def quantize(
         ov.Model: The compressed model; weights that are not quantised are in half precision.
 
     Raises:
-        ValueError: If the data module is missing, or ``max_drop`` out of its range.
+        ValueError: If the data module is missing or its images are not of the model's size, or ``max_drop`` is out of
+            its range.
     """
     import nncf
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+    from openvino import PartialShape
 
     model = _half_weights(model)
     left_alone = set(head)
@@ -169,6 +208,10 @@ def quantize(
         msg = f"max_drop is {max_drop}, expected a number between 0 and 1."
         raise ValueError(msg)
     datamodule.setup()
+    images, wanted = next(iter(datamodule.val_dataloader())).image, model.input().partial_shape
+    if not PartialShape(list(images.shape)).compatible(wanted):
+        msg = f"Images {tuple(images.shape)} cannot calibrate a model of images {wanted}: leave --input_size out."
+        raise ValueError(msg)
     calibration = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
     # NNCF's default ranges cut the extremes off, which are what an anomaly is made of.
     ranges = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
@@ -227,6 +270,13 @@ def lay_out_for_model_server(path: Path) -> None:
             copyfile(file, served)
 
 
+def _parts(transform: Transform | None) -> list[Transform]:
+    """Steps of a transform."""
+    if isinstance(transform, Compose):
+        return [part for each in transform.transforms for part in _parts(each)]
+    return [] if transform is None else [transform]
+
+
 def _replace_resize(transform: Transform | None) -> Transform | None:
     if isinstance(transform, Compose):
         transform.transforms = [_replace_resize(part) for part in transform.transforms]
@@ -235,7 +285,6 @@ def _replace_resize(transform: Transform | None) -> Transform | None:
         and transform.antialias
         and transform.interpolation in {InterpolationMode.BILINEAR, "bilinear", 2}
         and transform.size is not None
-        and len(transform.size) == 2
     ):
-        return ExportableResize(transform.size, antialias=True)
+        return ExportableResize(transform.size, max_size=transform.max_size, antialias=True)
     return transform

@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from .arguments import check_types
 from .export import (
+    check_exportable,
     exportable_transform,
     head_operations,
     keep_float32,
@@ -492,7 +493,11 @@ class SimpleNet(AnomalibModule):
 
         Returns:
             Path: The ``.onnx`` file, in ``weights/onnx`` under ``export_root``.
+
+        Raises:
+            ValueError: If the pre-processor cannot be exported for images of any size, and ``input_size`` is ``None``.
         """
+        check_exportable(getattr(self.pre_processor, "export_transform", None), input_size)
         if input_size is None and "dynamic_axes" not in kwargs:
             # anomalib would trace an image of 2 x 2 pixels, too small to tell its size from that of its feature maps.
             least = 2 * self.model.feature_extractor.stride

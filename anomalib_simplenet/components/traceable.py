@@ -33,7 +33,7 @@ def resize_by_product(image: torch.Tensor, size: tuple[int, int] | torch.Size) -
     """Resize images ``(..., h, w)`` to ``(..., H, W)``, antialiased where that is smaller, by two matrix products."""
     rows = resize_matrix(image.shape[-2], size[0], image, antialias=True)
     columns = resize_matrix(image.shape[-1], size[1], image, antialias=True)
-    return rows @ (image @ columns.mT)
+    return (rows @ image) @ columns.mT  # rows first, or a transposed image is transposed without the mark
 
 
 def add(parts: Sequence[torch.Tensor]) -> torch.Tensor:

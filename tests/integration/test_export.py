@@ -9,7 +9,7 @@ import torch
 from anomalib.deploy import CompressionType
 from anomalib.metrics import AUROC
 from anomalib.pre_processing import PreProcessor
-from torchvision.transforms.v2 import Compose, Normalize, Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
 from anomalib_simplenet import SimpleNet
 from anomalib_simplenet.components.traceable import leaky_relu, resize_by_product
@@ -26,6 +26,7 @@ NORMALIZE = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
         pytest.param(SimpleNet.configure_pre_processor((96, 80), (64, 48)), id="cropped as in the paper"),
         pytest.param(PreProcessor(Compose([NORMALIZE, Resize((64, 64), antialias=True)])), id="resized last"),
         pytest.param(PreProcessor(Resize((64, 64), antialias=True)), id="resized only"),
+        pytest.param(PreProcessor(Compose([Resize((64, 64), antialias=True)])), id="a list of one"),
         pytest.param(False, id="none"),
     ],
 )
@@ -45,6 +46,37 @@ def test_exports_agree_with_the_model(
             np.testing.assert_allclose(answer[field], getattr(expected, field).detach(), rtol=1e-4, atol=1e-5)
     if pre_processor:  # which exporting leaves as it was
         assert torch.equal(model(images).pred_score, expected.pred_score)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        pytest.param([Resize(64, antialias=True), NORMALIZE], id="shorter side"),
+        pytest.param([Resize(64, max_size=70, antialias=True), NORMALIZE], id="longer side limited"),
+        pytest.param([CenterCrop((64, 96)), NORMALIZE], id="cropped only"),
+        pytest.param([NORMALIZE, Resize(80, antialias=True), CenterCrop(64)], id="cropped from the shorter side"),
+    ],
+)
+def test_what_depends_on_the_images_size_needs_it(tmp_path: Path, transform: list) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(pre_processor=PreProcessor(Compose(transform)), layers=["layer1", "layer2"]).eval()
+    with pytest.raises(ValueError, match=r'cannot be exported for images of any size: pass --input_size "\[H,W\]"'):
+        model.to_openvino(tmp_path)
+    images = torch.rand(3, 3, 150, 170)
+    expected = model(images)
+    answer = ov.Core().compile_model(model.to_openvino(tmp_path, input_size=(150, 170)), "CPU")(images.numpy())
+    assert answer["anomaly_map"].shape == expected.anomaly_map.shape
+    np.testing.assert_allclose(answer["anomaly_map"], expected.anomaly_map.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_inexact_resizes_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bicubic = Resize((64, 64), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    tiny_model(pre_processor=PreProcessor(bicubic)).to_onnx(tmp_path)
+    assert "BICUBIC" in caplog.text
+    assert "exported without its antialiasing" in caplog.text
+    caplog.clear()
+    tiny_model().to_onnx(tmp_path)
+    assert "antialiasing" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -120,6 +152,14 @@ def test_quantising_needs_images(tmp_path: Path) -> None:
     model = tiny_model().eval()
     with pytest.raises(ValueError, match="INT8_PTQ needs images to calibrate: pass --data"):
         model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
+
+
+def test_images_of_another_size_than_the_models_do_not_calibrate_it(pictures: Path, tmp_path: Path) -> None:
+    data = folder_data(pictures, val_split_mode="same_as_test")
+    with pytest.raises(ValueError, match=r"Images \(3, 3, 80, 64\) cannot calibrate .*: leave --input_size out"):
+        tiny_model().to_openvino(
+            tmp_path, input_size=(70, 70), compression_type=CompressionType.INT8_PTQ, datamodule=data
+        )
 
 
 def test_what_is_exported_is_the_fused_graph(tmp_path: Path) -> None:
