@@ -165,6 +165,10 @@ class SimpleNet(AnomalibModule):
     ) -> None:
         check_types(SimpleNet.__init__, locals(), leave_out=_COMPONENTS)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        if post_processor is False and evaluator is True:  # there are no labels to judge
+            metrics = self.evaluator.test_metrics
+            kept = [metric for metric in metrics if not {"pred_label", "pred_mask"} & set(metric.fields)]
+            self.evaluator.test_metrics = nn.ModuleList(kept)
         for name, value in (("adapter_lr", adapter_lr), ("discriminator_lr", discriminator_lr)):
             if not value > 0:
                 msg = f"{name} is {value}, expected a number above 0."

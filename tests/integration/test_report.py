@@ -128,6 +128,12 @@ def test_without_thresholds_or_masks_or_pictures_there_is_a_page(pictures: Path)
     assert "pixels" not in re.sub(r"<script.*?</script>", "", page.partition("</head>")[2][-3000:], flags=re.DOTALL)
 
 
+def test_without_labels_there_are_figures_of_scores(pictures: Path) -> None:
+    engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    (figures,) = engine.train(tiny_model(visualizer=False, post_processor=False), datamodule=folder_data(pictures))
+    assert figures.keys() == {"image_AUROC", "pixel_AUROC", "pixel_AUPRO"}
+
+
 def test_thousands_of_images_make_a_page_of_the_same_size(pictures: Path, tested: Path) -> None:
     small = (tested / "report.html").stat().st_size
     write_images(pictures / "many", 40)
