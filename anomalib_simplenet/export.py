@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NEAREST = InterpolationMode.NEAREST
+BILINEAR = {InterpolationMode.BILINEAR, "bilinear", 2}
+NEVER_ANTIALIASED = {InterpolationMode.NEAREST, InterpolationMode.NEAREST_EXACT, "nearest", "nearest-exact", 0}
 
 
 class ExportableResize(Resize):
@@ -81,10 +82,11 @@ def check_exportable(transform: Transform | None, input_size: tuple[int, int] | 
             )
             raise ValueError(msg)
         sized = sized or is_resize
-        if is_resize and part.antialias and not isinstance(part, ExportableResize) and part.interpolation != NEAREST:
+        loses = part.antialias and part.interpolation not in NEVER_ANTIALIASED if is_resize else False
+        if loses and not isinstance(part, ExportableResize):
             logger.warning(
                 "%s is exported without its antialiasing: answers will differ from the checkpoint's on images larger "
-                "than the model's input. Only bilinear interpolation is exported exactly.",
+                "than the model's input. What is exported with it is a size and bilinear interpolation.",
                 part,
             )
 
@@ -283,7 +285,7 @@ def _replace_resize(transform: Transform | None) -> Transform | None:
     elif (
         isinstance(transform, Resize)
         and transform.antialias
-        and transform.interpolation in {InterpolationMode.BILINEAR, "bilinear", 2}
+        and transform.interpolation in BILINEAR
         and transform.size is not None
     ):
         return ExportableResize(transform.size, max_size=transform.max_size, antialias=True)

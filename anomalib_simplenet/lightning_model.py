@@ -166,9 +166,8 @@ class SimpleNet(AnomalibModule):
         check_types(SimpleNet.__init__, locals(), leave_out=_COMPONENTS)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         if post_processor is False and evaluator is True:  # there are no labels to judge
-            metrics = self.evaluator.test_metrics
-            kept = [metric for metric in metrics if not {"pred_label", "pred_mask"} & set(metric.fields)]
-            self.evaluator.test_metrics = nn.ModuleList(kept)
+            for metric in self.evaluator.test_metrics:
+                metric.strict = False
         for name, value in (("adapter_lr", adapter_lr), ("discriminator_lr", discriminator_lr)):
             if not value > 0:
                 msg = f"{name} is {value}, expected a number above 0."
@@ -321,24 +320,27 @@ class SimpleNet(AnomalibModule):
             self.feature_cache_dtype,
             self.feature_cache_memory,
         )
-        if trainer.ckpt_path is None:
-            self.model.forget_averages()
-        elif self._random_state is not None:  # go on as if never interrupted
+        if trainer.ckpt_path is not None and self._random_state is not None:  # go on as if never interrupted
             _set_random_state(self._random_state)
         if trainer.check_val_every_n_epoch == _NEVER:  # an earlier fit was interrupted
             trainer.check_val_every_n_epoch = 1
         self._check_val_every_n_epoch = trainer.check_val_every_n_epoch
+        interval = getattr(trainer, "val_check_interval", None)  # Lightning sets none where it is a time
         self._validate_only_last = (
             trainer.check_val_every_n_epoch == 1
-            and trainer.val_check_interval == 1.0
+            and isinstance(interval, float)
+            and interval == 1.0
             and not any(getattr(callback, "monitor", None) for callback in trainer.callbacks)
         )
         self._validated_step = None
 
     def on_train_start(self) -> None:
-        """Fit the whitening, in a pass over the training images, unless training goes on from a checkpoint."""
+        """Average anew and fit the whitening, in a pass over the images, unless training goes on from a checkpoint."""
+        goes_on = self.trainer.ckpt_path is not None
+        if not goes_on:
+            self.model.forget_averages()
         whitening = self.model.whitening
-        if whitening is None or (whitening.fitted and self.trainer.ckpt_path is not None):
+        if whitening is None or (whitening.fitted and goes_on):
             return
         with torch.random.fork_rng(devices=[]):  # workers draw the first epoch's order before this pass, others after
             torch.manual_seed(0)
@@ -376,9 +378,12 @@ class SimpleNet(AnomalibModule):
         trainer = self.trainer
         is_last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
         is_last_epoch = trainer.max_epochs != -1 and trainer.current_epoch + 1 >= trainer.max_epochs
-        if is_last_step or (trainer.is_last_batch and is_last_epoch):
+        is_last = is_last_step or (trainer.is_last_batch and is_last_epoch)
+        if is_last:
             trainer.should_stop = True  # on which Lightning validates also in mid-epoch
-        if trainer.should_stop:  # with None, checkpoint callbacks save after each validation, as with the user's 2
+        if (
+            is_last or self._is_stopped()
+        ):  # with None, checkpoint callbacks save after each validation, as with the user's 2
             trainer.check_val_every_n_epoch = 1 if self._check_val_every_n_epoch == 1 else None
 
     def on_validation_end(self) -> None:
@@ -388,7 +393,7 @@ class SimpleNet(AnomalibModule):
     def on_train_epoch_end(self) -> None:
         """Give the setting back, which checkpoint callbacks, called next, read to save after each epoch.
 
-        Validates first if a callback has just ended training.
+        Validates if a callback has just ended training.
 
         Raises:
             ValueError: If the weights are no longer finite: such weights are not saved.
@@ -400,9 +405,20 @@ class SimpleNet(AnomalibModule):
                 f"({self.hparams.get('noise_std')})."
             )
             raise ValueError(msg)
+        self.trainer.check_val_every_n_epoch = self._check_val_every_n_epoch
+        if self._is_stopped():
+            self._validate_last_weights()
+
+    def on_train_end(self) -> None:
+        """Validate if a callback that is called after :meth:`on_train_epoch_end` ended training."""
+        self._validate_last_weights()
+
+    def _is_stopped(self) -> bool:
+        return self.trainer.should_stop and self.trainer.fit_loop._can_stop_early  # noqa: SLF001
+
+    def _validate_last_weights(self) -> None:
         trainer = self.trainer
-        trainer.check_val_every_n_epoch = self._check_val_every_n_epoch
-        if trainer.should_stop and trainer.enable_validation and self._validated_step != trainer.global_step:
+        if trainer.enable_validation and self._validated_step != trainer.global_step:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
@@ -446,7 +462,7 @@ class SimpleNet(AnomalibModule):
         """
         wished = {name: getattr(self.post_processor, name, None) for name in ("image_sensitivity", "pixel_sensitivity")}
         super().on_load_checkpoint(checkpoint)
-        for name, value in wished.items():
+        for name, value in wished.items() if self.post_processor is not None else ():
             saved_value = getattr(self.post_processor, name, None)
             if value not in {None, _DEFAULT_SENSITIVITY}:
                 setattr(self.post_processor, name, value)

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 from collections import Counter
+from contextlib import suppress
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -290,10 +291,10 @@ def _picture_file(trainer: Trainer, model: SimpleNet, path: Path, folder: Path) 
 
 
 def _linked(shown: Path, folder: Path) -> dict[str, str]:
-    """A small version of a picture, and a link to it from a page in a folder."""
-    with Image.open(shown) as image:
+    """A small version of a picture, nothing if it has gone, and a link to it from a page in a folder."""
+    buffer = io.BytesIO()
+    with suppress(OSError), Image.open(shown) as image:
         image.thumbnail((1120, 224))
-        buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "JPEG", quality=85)
     thumbnail = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return {"link": quote(Path(os.path.relpath(shown, folder)).as_posix()), "thumbnail": thumbnail}

@@ -54,6 +54,10 @@ def fit(pictures: Path, model: SimpleNet | None = None, **trainer: object) -> tu
     return count, engine, model
 
 
+def stop_at_once() -> EarlyStopping:
+    return EarlyStopping("train_loss", stopping_threshold=100.0, check_on_train_epoch_end=True)
+
+
 def test_trains_for_the_papers_160_epochs_and_validates_once_where_nothing_is_said(pictures: Path) -> None:
     count, _, model = fit(pictures, limit_train_batches=1)
     assert (count.epochs, count.steps, count.validated_at) == (160, 160, [160])
@@ -99,12 +103,20 @@ def test_max_time_takes_the_place_of_epochs(pictures: Path) -> None:
         ({"check_val_every_n_epoch": 3, "count": Count(stop_after_epochs=2)}, [6]),
         ({"check_val_every_n_epoch": None, "val_check_interval": 3}, [3, 6, 9, 12]),
         ({"check_val_every_n_epoch": None, "val_check_interval": 5}, [5, 10, 12]),
+        ({"val_check_interval": 1}, list(range(1, 13))),
         ({"callbacks": [EarlyStopping("train_loss", patience=9)], "max_steps": 5}, [3, 5]),
+        ({"callbacks": [stop_at_once()], "check_val_every_n_epoch": 3}, [3]),
+        ({"callbacks": [stop_at_once()], "check_val_every_n_epoch": None, "val_check_interval": 2}, [2, 3]),
+        ({"count": Count(stop_after_batches=1), "min_epochs": 3, "check_val_every_n_epoch": 2}, [6, 9]),
         ({"callbacks": [EarlyStopping("train_loss", patience=9)]}, [3, 6, 9, 12]),
     ],
 )
 def test_who_asks_for_more_validation_gets_it(pictures: Path, wish: dict, validated_at: list[int]) -> None:
-    assert fit(pictures, max_epochs=4, **wish)[0].validated_at == validated_at
+    count, engine, model = fit(pictures, max_epochs=4, **wish)
+    assert count.validated_at == validated_at
+    saved = torch.load(engine.trainer.checkpoint_callback.best_model_path, weights_only=True)
+    assert saved["global_step"] == engine.trainer.global_step
+    assert saved["state_dict"]["post_processor._image_threshold"] == model.post_processor.image_threshold
 
 
 def test_a_fit_that_failed_does_not_keep_the_next_from_validating(pictures: Path) -> None:
@@ -187,6 +199,8 @@ def test_training_on_other_images_whitens_by_these_and_averages_anew(pictures: P
         both[name] = each.model
     torch.testing.assert_close(both["again"].whitening.weight, both["first"].whitening.weight)
     assert both["again"].averaged_steps == both["first"].averaged_steps == 2
+    engine.fit(model, datamodule=folder_data(pictures, **other))  # no epochs are left
+    assert model.model.averaged_steps == 2
 
 
 def test_local_whitening_of_copies_is_refused(pictures: Path) -> None:

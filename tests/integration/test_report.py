@@ -12,6 +12,9 @@ import pytest
 import torch
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
+from lightning.pytorch.callbacks import Callback
+
+from anomalib_simplenet import SimpleNet
 
 from .conftest import folder_data, tiny_model, write_images
 
@@ -132,6 +135,29 @@ def test_without_labels_there_are_figures_of_scores(pictures: Path) -> None:
     engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
     (figures,) = engine.train(tiny_model(visualizer=False, post_processor=False), datamodule=folder_data(pictures))
     assert figures.keys() == {"image_AUROC", "pixel_AUROC", "pixel_AUPRO"}
+
+
+@pytest.mark.parametrize("post_processor", [True, False, PostProcessor(image_sensitivity=0.38)])
+def test_a_checkpoint_without_thresholds_loads_into_any_model(
+    pictures: Path, caplog: pytest.LogCaptureFixture, post_processor: PostProcessor | bool
+) -> None:
+    engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    engine.fit(tiny_model(visualizer=False, post_processor=False), datamodule=folder_data(pictures))
+    path = engine.trainer.checkpoint_callback.best_model_path
+    model = SimpleNet.load_from_checkpoint(path, post_processor=post_processor)
+    assert model.post_processor is None
+    assert "sensitivity" not in caplog.text
+
+
+def test_images_that_have_gone_since_leave_a_page(pictures: Path) -> None:
+    class Tidy(Callback):
+        def on_test_epoch_end(self, *_args: object) -> None:
+            shutil.rmtree(pictures / "test")
+
+    results = pictures.parent / "results"
+    engine = Engine(callbacks=[Tidy()], max_epochs=1, default_root_dir=results, accelerator="cpu")
+    engine.train(tiny_model(visualizer=False), datamodule=folder_data(pictures, val_split_mode="same_as_test"))
+    assert "bad/000.png" in (Path(engine.trainer.default_root_dir) / "report.html").read_text(encoding="utf-8")
 
 
 def test_thousands_of_images_make_a_page_of_the_same_size(pictures: Path, tested: Path) -> None:

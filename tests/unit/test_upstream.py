@@ -41,6 +41,7 @@ ATTRIBUTES = [
     ("_default_root_dir", "trainer.py has all processes write to one folder"),
     ("_accelerator_connector.use_distributed_sampler", "trainer.py leaves samplers alone where the user said so"),
     ("check_val_every_n_epoch", "validation after the last epoch only"),
+    ("fit_loop._can_stop_early", "validation at a stop, but not at one that min_epochs holds back"),
     ("fit_loop.epoch_loop.val_loop.run", "validation after the last epoch if a callback ended training there"),
 ]
 
