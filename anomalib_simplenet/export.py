@@ -82,8 +82,8 @@ def check_exportable(transform: Transform | None, input_size: tuple[int, int] | 
             )
             raise ValueError(msg)
         sized = sized or is_resize
-        loses = part.antialias and part.interpolation not in NEVER_ANTIALIASED if is_resize else False
-        if loses and not isinstance(part, ExportableResize):
+        exact = isinstance(part, ExportableResize) or not is_resize or part.interpolation in NEVER_ANTIALIASED
+        if not exact and part.antialias:
             logger.warning(
                 "%s is exported without its antialiasing: answers will differ from the checkpoint's on images larger "
                 "than the model's input. What is exported with it is a size and bilinear interpolation.",

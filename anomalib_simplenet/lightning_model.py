@@ -381,9 +381,8 @@ class SimpleNet(AnomalibModule):
         is_last = is_last_step or (trainer.is_last_batch and is_last_epoch)
         if is_last:
             trainer.should_stop = True  # on which Lightning validates also in mid-epoch
-        if (
-            is_last or self._is_stopped()
-        ):  # with None, checkpoint callbacks save after each validation, as with the user's 2
+        if is_last or self._is_stopped():
+            # With None, as with the user's 2, checkpoint callbacks save after each validation.
             trainer.check_val_every_n_epoch = 1 if self._check_val_every_n_epoch == 1 else None
 
     def on_validation_end(self) -> None:
