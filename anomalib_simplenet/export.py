@@ -135,7 +135,7 @@ def keep_float32(model: ov.Model) -> None:
     Where the processor knows bfloat16, OpenVINO uses it by default. Scores then move by several hundredths of their
     range, and labels with them. Weights are not marked: FP16 compression still halves the file, and what was quantised
     is computed in eight bits. What OpenVINO replaces when it compiles loses the mark: max pooling is replaced here
-    already; layer norm and attention stay in bfloat16.
+    already; layer norm, attention and splits of channels stay in bfloat16.
     """
     from openvino import opset1
 
