@@ -32,7 +32,10 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from tqdm.auto import tqdm
 
 from .arguments import check_types
-from .export import (
+from .callbacks.feature_cache import DTYPES, CachedBatch, FeatureCache, make_feature_cache
+from .callbacks.report import Report
+from .callbacks.trainer_setup import check_checkpoints, mend_loaders, share_results_folder
+from .export.openvino import (
     check_exportable,
     exportable_transform,
     head_operations,
@@ -42,12 +45,9 @@ from .export import (
     quantize,
     split_resize,
 )
-from .feature_cache import DTYPES, CachedBatch, FeatureCache, make_feature_cache
 from .loss import TruncatedL1Loss
 from .registry import register
-from .report import Report
 from .torch_model import SimpleNetModel
-from .trainer import check_checkpoints, mend_loaders, share_results_folder
 from .visualizer import OblongImageVisualizer
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class SimpleNet(AnomalibModule):
             AUROC, F1 and AUPRO of pixels.
         visualizer (Visualizer | bool): Pictures of results. Defaults to ``True``: five panels an image.
         report (bool): Whether to write ``predictions.csv`` and, after a test, ``report.html``
-            (:class:`anomalib_simplenet.report.Report`). Defaults to ``True``.
+            (:class:`anomalib_simplenet.callbacks.report.Report`). Defaults to ``True``.
 
     Raises:
         ValueError: If an argument is out of its range, or images would be smaller than the backbone can take.
@@ -540,7 +540,7 @@ class SimpleNet(AnomalibModule):
         """Export to OpenVINO as anomalib does, but with the resize of training, and computing in float32.
 
         The arguments are those of :meth:`anomalib.models.AnomalibModule.to_openvino`; ``task`` is not used. Of the
-        types of compression, those to eight bits touch the backbone alone (:func:`anomalib_simplenet.export.quantize`).
+        types of compression, those to eight bits touch the backbone alone (:func:`quantize`).
 
         Returns:
             Path: The ``.xml`` file, in ``weights/openvino`` under ``export_root``; with a second name in the folder

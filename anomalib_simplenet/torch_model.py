@@ -14,12 +14,11 @@ from .components import (
     AnomalyMapGenerator,
     Discriminator,
     FeatureExtractor,
-    FusedHead,
-    LocalWhitening,
     PatchAggregation,
-    Whitening,
 )
 from .components.patch_aggregation import project
+from .extensions.fused_head import FusedHead
+from .extensions.whitening import LocalWhitening, Whitening
 
 
 class SimpleNetModel(nn.Module):

@@ -5,9 +5,7 @@ from .anomaly_generator import AnomalyGenerator
 from .anomaly_map import AnomalyMapGenerator
 from .discriminator import Discriminator
 from .feature_extractor import FeatureExtractor, PretrainedWeightsError
-from .fused_head import FusedHead
 from .patch_aggregation import PatchAggregation
-from .whitening import LocalWhitening, Whitening
 
 __all__ = [
     "Adapter",
@@ -15,9 +13,6 @@ __all__ = [
     "AnomalyMapGenerator",
     "Discriminator",
     "FeatureExtractor",
-    "FusedHead",
-    "LocalWhitening",
     "PatchAggregation",
     "PretrainedWeightsError",
-    "Whitening",
 ]

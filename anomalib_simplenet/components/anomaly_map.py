@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from .traceable import resize_matrix
+from .ops import resize_matrix
 
 
 class AnomalyMapGenerator(nn.Module):

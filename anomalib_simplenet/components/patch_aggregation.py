@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from .traceable import add, resize
+from .ops import add, resize
 
 
 class PatchAggregation(nn.Module):

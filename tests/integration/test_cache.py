@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
-from anomalib_simplenet import SimpleNet, feature_cache
+from anomalib_simplenet import SimpleNet
+from anomalib_simplenet.callbacks import feature_cache
 
 from .conftest import TINY, folder_data, tiny_model
 

@@ -12,8 +12,8 @@ from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
 from anomalib_simplenet import SimpleNet
-from anomalib_simplenet.components.traceable import leaky_relu, resize_by_product
-from anomalib_simplenet.export import exportable_transform
+from anomalib_simplenet.components.ops import leaky_relu, resize_by_product
+from anomalib_simplenet.export.openvino import exportable_transform
 
 from .conftest import folder_data, tiny_model
 

@@ -12,9 +12,8 @@ from anomalib_simplenet.components import (
     AnomalyGenerator,
     AnomalyMapGenerator,
     Discriminator,
-    LocalWhitening,
-    Whitening,
 )
+from anomalib_simplenet.extensions.whitening import LocalWhitening, Whitening
 from anomalib_simplenet.loss import TruncatedL1Loss
 
 

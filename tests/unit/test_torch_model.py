@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from anomalib_simplenet.components import FeatureExtractor, LocalWhitening, PretrainedWeightsError
+from anomalib_simplenet.components import FeatureExtractor, PretrainedWeightsError
+from anomalib_simplenet.extensions.whitening import LocalWhitening
 from anomalib_simplenet.loss import TruncatedL1Loss
 from anomalib_simplenet.torch_model import SimpleNetModel
 

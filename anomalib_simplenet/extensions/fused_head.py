@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from .discriminator import Discriminator
-from .patch_aggregation import project
-from .traceable import leaky_relu
+from anomalib_simplenet.components.discriminator import Discriminator
+from anomalib_simplenet.components.ops import leaky_relu
+from anomalib_simplenet.components.patch_aggregation import project
 
 
 class FusedHead(nn.Module):

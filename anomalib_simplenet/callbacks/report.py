@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from anomalib.data import ImageBatch
     from lightning.pytorch import Trainer
 
-    from .lightning_model import SimpleNet
+    from anomalib_simplenet.lightning_model import SimpleNet
 
 logger = logging.getLogger(__name__)
 

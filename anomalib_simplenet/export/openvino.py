@@ -19,7 +19,7 @@ from anomalib.pre_processing.utils.transform import convert_center_crop_transfor
 from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
 
-from .components.traceable import resize_by_product
+from anomalib_simplenet.components.ops import resize_by_product
 
 if TYPE_CHECKING:
     import openvino as ov

@@ -1,7 +1,7 @@
 """Resizing and activation in forms that exported models keep exact.
 
 OpenVINO computes in bfloat16 where the processor can, but for operations marked as sensitive to precision
-(:func:`anomalib_simplenet.export.keep_float32`). Interpolation, quotients and leaky ReLU lose the mark in OpenVINO's
+(``keep_float32`` in export/openvino.py). Interpolation, quotients and leaky ReLU lose the mark in OpenVINO's
 own rewriting of the graph; matrix products, sums and absolute values keep it. So the latter are used while a graph is
 being traced.
 """

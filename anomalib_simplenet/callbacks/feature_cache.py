@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
-from .trainer import altered
+from .trainer_setup import altered
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _SHARE_OF_FREE_MEMORY = 0.5

@@ -1,0 +1,1 @@
+"""What happens around training and testing, each a Lightning callback."""

@@ -1,0 +1,51 @@
+"""Range checks of arguments, written once."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_number(
+    name: str,
+    value: Any,  # noqa: ANN401
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    integer: bool = False,
+    hint: str = "",
+) -> None:
+    """Refuse an argument that is no finite number in its range.
+
+    Args:
+        name (str): Name of the argument, for the message.
+        value (Any): Its value; NumPy's scalars are numbers, ``bool`` is not.
+        above (float | None): Exclusive lower bound.
+        at_least (float | None): Inclusive lower bound.
+        at_most (float | None): Inclusive upper bound.
+        integer (bool): Whether it must be an integer.
+        hint (str): Ends the message, such as ``"(the paper's value is 0.5)"``.
+
+    Raises:
+        ValueError: If the value is outside; the message names argument, value and range.
+
+    Example:
+        >>> check_number("margin", 0.5, above=0)
+        >>> check_number("patch_size", 0, at_least=1, integer=True)
+        Traceback (most recent call last):
+        ValueError: patch_size is 0, expected an integer of at least 1.
+    """
+    kind = Integral if integer else Real
+    is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if (
+        is_number
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (at_most is None or value <= at_most)
+    ):
+        return
+    bounds = [("above", above), ("of at least", at_least), ("of at most", at_most)]
+    limits = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+    expected = " ".join(filter(None, ["an integer" if integer else "a finite number", limits, hint]))
+    msg = f"{name} is {value!r}, expected {expected}."
+    raise ValueError(msg)

@@ -1,0 +1,1 @@
+"""Exported models that answer like their checkpoints."""

@@ -1,0 +1,1 @@
+"""What is not in the paper; each part is off by default and readable alone."""
