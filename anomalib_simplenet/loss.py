@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .checks import check_number
+
 
 class TruncatedL1Loss(nn.Module):
     """Push scores of real patches above ``margin`` and those of fake ones below ``-margin`` (paper, eq. 7).
@@ -20,9 +22,7 @@ class TruncatedL1Loss(nn.Module):
 
     def __init__(self, margin: float = 0.5) -> None:
         super().__init__()
-        if not margin > 0:
-            msg = f"margin is {margin}, expected a number above 0 (the paper's is 0.5)."
-            raise ValueError(msg)
+        check_number("margin", margin, above=0, hint="(the paper's is 0.5)")
         self.margin = margin
 
     def forward(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,13 @@
 """SimpleNet in plain PyTorch."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from anomalib.data import InferenceBatch
 from torch import nn
 
+from .checks import check_number
 from .components import (
     Adapter,
     AnomalyGenerator,
@@ -16,8 +16,9 @@ from .components import (
     FeatureExtractor,
     PatchAggregation,
 )
-from .components.patch_aggregation import project
-from .extensions.fused_head import FusedHead
+from .extensions.averaging import PolynomialAverage
+from .extensions.fused_head import Affine, FusedHead, fingerprint, noisy_scores
+from .extensions.patch_sampling import sample_patches
 from .extensions.whitening import LocalWhitening, Whitening
 
 
@@ -25,8 +26,10 @@ class SimpleNetModel(nn.Module):
     """SimpleNet: A Simple Network for Image Anomaly Detection and Localization (CVPR 2023, arXiv 2303.15140).
 
     Args:
-        backbone (str | nn.Module): See :class:`FeatureExtractor`. Defaults to ``"wide_resnet50_2.tv_in1k"``.
-        layers (Sequence[str]): Layers of the backbone; the first one gives the grid. Defaults to
+        backbone (str | nn.Module): Name of a CNN or a ``vit_*`` of timm, or ``local-dir:FOLDER`` for a folder with
+            timm's ``config.json`` and weights. In Python also a module. Defaults to ``"wide_resnet50_2.tv_in1k"``, to
+            whose weights the default noise belongs.
+        layers (Sequence[str]): Layers of the backbone that make the embedding; the first gives the grid. Defaults to
             ``("layer2", "layer3")``.
         pre_trained (bool): Whether to load the backbone's ImageNet weights. Defaults to ``True``.
         patch_size (int): Side of the neighbourhood pooled into a patch, odd. Defaults to ``3``.
@@ -38,29 +41,33 @@ class SimpleNetModel(nn.Module):
         discriminator_layers (int): Linear layers of the discriminator. Defaults to ``2``.
         discriminator_hidden (int | None): Size of its hidden layers; ``None`` shrinks by 1.5 a layer.
             Defaults to ``1024``.
-        noise_std (float): Standard deviation of the noise that makes anomalies. Defaults to ``0.015``.
+        noise_std (float): Standard deviation of the noise that makes anomalies. Must suit the scale of the backbone's
+            features. Defaults to ``0.015``.
         mix_noise (int): Number of noise scales, ``noise_std * 1.1**k``. Defaults to ``1``.
-        whiten (bool | str): Whether to whiten embeddings with the covariance of normal ones, which makes ``noise_std``
-            a share of their deviation; ``"local"`` for a mean and a covariance of each position. Not in the paper.
-            Defaults to ``False``.
-        patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on.
-            Defaults to ``1.0``, all.
-        distance_weight (float): How much the distance of a whitened embedding from the mean, divided by the square root
-            of its size, adds to a patch's score. Not in the paper. Defaults to ``0.0``.
-        top_patches (int): How many of an image's highest patches make its score, by their mean. Defaults to ``1``.
-        averaging (bool): Whether eval mode takes the average of adapter and discriminator over the last steps that
-            :meth:`average` keeps. Not in the paper. Defaults to ``False``.
+        whiten (bool | str): Not in the paper: whether to whiten embeddings with mean and covariance of the training
+            images, taken in one more pass before training, which puts ``noise_std`` in units of the features' standard
+            deviation. ``"local"`` uses a mean and a covariance of each position, for parts in a fixed position and
+            images of one size. Defaults to ``False``.
+        patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on, above 0.
+            Defaults to ``1.0``: all, as in the paper.
+        distance_weight (float): Not in the paper: weight of a whitened embedding's distance from the mean, divided by
+            the square root of its size, in a patch's score. Defaults to ``0.0``.
+        top_patches (int): The image score is the mean of the k highest patch scores. Defaults to ``1``, the paper's.
+        averaging (bool): Not in the paper: whether to predict with the average of the weights over about the last
+            quarter of training instead of those of the last step. Defaults to ``False``.
 
     Attributes:
         feature_extractor (FeatureExtractor): Frozen backbone.
         patch_aggregation (PatchAggregation): Feature maps to patch embeddings.
-        whitening (Whitening | LocalWhitening | None): Fitted before training, if asked for.
         adapter (Adapter): Trained.
         anomaly_generator (AnomalyGenerator): Adds the noise.
         discriminator (Discriminator): Trained.
+        anomaly_map_generator (AnomalyMapGenerator): Patch scores to anomaly maps.
+        whitening (Whitening | LocalWhitening | None): Fitted before training.
+        averaged (PolynomialAverage | None): Averages of adapter and discriminator.
 
     Raises:
-        ValueError: If an argument is out of its range; the message says which and what is allowed.
+        ValueError: If an argument is out of its range; the message says which and what is expected.
 
     Example:
         >>> model = SimpleNetModel("resnet18", pre_trained=False, target_embed_dimension=64).eval()
@@ -89,90 +96,69 @@ class SimpleNetModel(nn.Module):
         averaging: bool = False,
     ) -> None:
         super().__init__()
-        if not distance_weight >= 0:
-            msg = f"distance_weight is {distance_weight}, expected 0 (no distance) or more."
-            raise ValueError(msg)
+        check_number("patch_fraction", patch_fraction, above=0, at_most=1)
+        check_number("distance_weight", distance_weight, at_least=0)
+        check_number("top_patches", top_patches, at_least=1, integer=True)
         if not (isinstance(whiten, bool) or whiten == "local"):
             msg = f"whiten is {whiten!r}, expected True, False or 'local'."
             raise ValueError(msg)
         if distance_weight and not whiten:
             msg = f"distance_weight is {distance_weight}, but distances need whitened embeddings: set whiten to true."
             raise ValueError(msg)
-        self.distance_weight = distance_weight
-        if top_patches < 1:
-            msg = f"top_patches is {top_patches}, expected 1 (the highest patch) or more."
-            raise ValueError(msg)
-        self.top_patches = top_patches
-        if not 0 < patch_fraction <= 1:
-            msg = f"patch_fraction is {patch_fraction}, expected a number above 0, up to 1 (all patches)."
-            raise ValueError(msg)
         self.patch_fraction = patch_fraction
+        self.distance_weight = distance_weight
+        self.top_patches = top_patches
         self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained)
         channels = self.feature_extractor.channels
         dimension = sum(channels) if target_embed_dimension is None else target_embed_dimension
         self.patch_aggregation = PatchAggregation(channels, patch_size, pretrain_embed_dimension, dimension)
-        self.whitening: Whitening | LocalWhitening | None = None
-        if whiten:
-            self.whitening = (LocalWhitening if whiten == "local" else Whitening)(dimension)
         self.adapter = Adapter(dimension, adapter_layers)
         self.anomaly_generator = AnomalyGenerator(noise_std, mix_noise)
         self.discriminator = Discriminator(dimension, discriminator_layers, discriminator_hidden)
-        self.averaged: nn.ModuleList | None = None
-        if averaging:
-            self.averaged = deepcopy(nn.ModuleList([self.adapter, self.discriminator])).requires_grad_(False)
-            self.averaged_steps: torch.Tensor
-            self.register_buffer("averaged_steps", torch.tensor(0))
         self.anomaly_map_generator = AnomalyMapGenerator()
-        self.fused_head: FusedHead | None = None
-        self.register_load_state_dict_post_hook(_fuse_after_loading)
+
+        self.whitening: Whitening | LocalWhitening | None = None
+        if whiten:
+            self.whitening = LocalWhitening(dimension) if whiten == "local" else Whitening(dimension)
+        self.averaged = PolynomialAverage(self._trained) if averaging else None
+        self._fused_head: FusedHead | None = None
+        self._fused_from: tuple[float, ...] = ()
+        self.register_load_state_dict_post_hook(lambda model, _keys: model.fuse())
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | InferenceBatch:
+        """Score images, or in training mode real and fake patches.
+
+        Args:
+            images (torch.Tensor): Normalised images of shape ``(N, 3, H, W)``.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor] | InferenceBatch: In training mode the discriminator's scores of the
+            adapted patches and of the same with noise, ``(N * h * w,)`` each, or as many as ``patch_fraction`` leaves.
+            In eval mode, unbounded and higher for more anomalous: ``pred_score`` ``(N,)``, and ``anomaly_map``
+            ``(N, 1, H, W)``, the patches' scores resized and smoothed.
+        """
+        features = self.extract(images)  # of each layer (N, C, h, w)
+        if self.training:
+            embedding = self.patch_aggregation(features)  # (N, D, h, w), section 3.1
+            patches = sample_patches(self._whiten(embedding), self.patch_fraction)  # (patches, D)
+            adapted = self.adapter(patches)  # section 3.2
+            noisy = self.anomaly_generator(adapted)  # section 3.3
+            # In one batch: batch norm sees real and fake patches together, as in the authors' code.
+            real, fake = self.discriminator(torch.cat([adapted, noisy])).chunk(2)  # section 3.4
+            return real, fake
+
+        patch_scores = -self.score_patches(features)  # (N, 1, h, w)
+        highest = patch_scores.flatten(1).topk(min(self.top_patches, patch_scores[0].numel()), dim=1).values
+        return InferenceBatch(
+            pred_score=highest.mean(dim=1),
+            anomaly_map=self.anomaly_map_generator(patch_scores, images.shape[-2:]),
+        )
 
     def train(self, mode: bool = True) -> "SimpleNetModel":
-        """Enter training or eval mode; eval mode fuses adapter and discriminator (:class:`FusedHead`)."""
+        """Enter training or eval mode; eval mode fuses the head (:meth:`fuse`)."""
         super().train(mode)
         self.fuse()
         return self
-
-    def fuse(self) -> None:
-        """Bring the fused head up to date with adapter and discriminator; call it after changing them in eval mode."""
-        if self.training:
-            self.fused_head = None
-            return
-        adapter, discriminator = self.adapter, self.discriminator
-        if self.averaged is not None and self.averaged_steps:
-            adapter, discriminator = self.averaged
-        segments = [slice(None)] if isinstance(self.whitening, LocalWhitening) else self.patch_aggregation.segments
-        linear = self._linear(adapter)
-        self.fused_head = FusedHead(linear, discriminator, segments, self.whitening, self.distance_weight).eval()
-
-    def _linear(self, adapter: nn.Module) -> list[nn.Linear]:
-        """What stands between pooled maps (:meth:`_pooled`) and discriminator."""
-        return [*([self.whitening] if isinstance(self.whitening, Whitening) else []), *adapter]
-
-    def _pooled(self, features: Sequence[torch.Tensor]) -> Iterable[torch.Tensor]:
-        """Contributions to the embedding, on each layer's own grid, or the locally whitened embedding."""
-        if isinstance(self.whitening, LocalWhitening):
-            return [self.whitening(self.patch_aggregation(features))]
-        return self.patch_aggregation.pool(features)
-
-    def forget_averages(self) -> None:
-        """Let the averaged weights start anew from those of the next step."""
-        if self.averaged is not None:
-            self.averaged_steps.zero_()
-
-    @torch.no_grad()
-    def average(self) -> None:
-        """Move the averaged weights towards the trained ones; to be called after each step of the optimizer.
-
-        Polynomial-decay averaging (Shamir and Zhang, ICML 2013, section 4): however many steps there are, about the
-        last quarter of them counts.
-        """
-        if self.averaged is None:
-            return
-        self.averaged_steps += 1
-        share = 4 / (self.averaged_steps + 3)
-        trained = nn.ModuleList([self.adapter, self.discriminator])
-        for mean, value in zip(_tensors(self.averaged), _tensors(trained), strict=True):
-            mean.lerp_(value, share.to(mean.dtype))
 
     def extract(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Extract the backbone's maps from images ``(N, 3, H, W)``: for each layer ``(N, C, h, w)``."""
@@ -190,84 +176,84 @@ class SimpleNetModel(nn.Module):
         return self.patch_aggregation(self.extract(images))
 
     def discriminate(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score real and fake patches, to train on.
-
-        With ``W`` the discriminator's first layer and ``A`` the adapter, ``W (A x + noise) = (W A) x + W noise``: one
-        product for all linear layers, on each layer's own grid, and one for the noise.
+        """Score real and fake patches as :meth:`forward` does in training mode, in fewer products.
 
         Args:
             features (Sequence[torch.Tensor]): Feature maps of normal images (:meth:`extract`).
 
         Returns:
-            tuple[torch.Tensor, torch.Tensor]: The discriminator's scores of the adapted patches and of the same with
-            noise, ``(N * h * w,)`` each, or as many as ``patch_fraction`` leaves.
+            tuple[torch.Tensor, torch.Tensor]: Scores of real and of fake patches.
         """
-        first = self.discriminator.first
-        weight, bias = _compose([*self._linear(self.adapter), first])
+        patches: torch.Tensor | Iterable[torch.Tensor] = self._pooled(features)
         if self.patch_fraction < 1:
-            hidden = nn.functional.linear(self._some_patches(features), weight, bias)
-        else:
-            local = isinstance(self.whitening, LocalWhitening)
-            segments = [slice(None)] if local else self.patch_aggregation.segments
-            weights = [weight[:, segment, None, None] for segment in segments]
-            grid = project(self._pooled(features), weights, bias)
-            hidden = grid.permute(0, 2, 3, 1).flatten(0, 2)
-        noise = self.anomaly_generator(hidden.new_zeros(()).expand(len(hidden), first.in_features))
-        noisy = torch.addmm(hidden, noise, first.weight.T)
-        # In one batch: batch norm sees real and fake patches together, as in the authors' code.
-        real, fake = self.discriminator.after_first(torch.cat([hidden, noisy])).chunk(2)
-        return real, fake
+            embedding = self.patch_aggregation(features)
+            if isinstance(self.whitening, LocalWhitening):
+                embedding = self.whitening(embedding)
+            patches = sample_patches(embedding, self.patch_fraction)
+        linear = self._linear(self.adapter)
+        return noisy_scores(patches, self._segments, linear, self.anomaly_generator, self.discriminator)
 
-    def _some_patches(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        embedding = self.patch_aggregation(features)
-        if isinstance(self.whitening, LocalWhitening):
-            embedding = self.whitening(embedding)
-        images, _, _, width = embedding.shape
-        total = images * embedding.shape[2:].numel()
-        chosen = torch.randperm(total, device=embedding.device)[: max(1, round(self.patch_fraction * total))]
-        place = chosen // images
-        return embedding[chosen % images, :, place // width, place % width]
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | InferenceBatch:
-        """Score images, or in training mode real and fake patches.
+    def score_patches(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Score patches in eval mode, in fewer products (:class:`FusedHead`) than adapter and discriminator take.
 
         Args:
-            images (torch.Tensor): Normalised images of shape ``(N, 3, H, W)``.
+            features (Sequence[torch.Tensor]): Feature maps (:meth:`extract`).
 
         Returns:
-            tuple[torch.Tensor, torch.Tensor] | InferenceBatch: In training mode what :meth:`discriminate` gives. In
-            eval mode, unbounded and higher for more anomalous: ``pred_score`` ``(N,)``, the mean of the highest
-            ``top_patches``, and ``anomaly_map`` ``(N, 1, H, W)``, the patches' scores resized and smoothed.
+            torch.Tensor: The discriminator's scores, less the weighted distance, of shape ``(N, 1, h, w)``.
         """
-        features = self.extract(images)
+        if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+            self.fuse()
+        return self._fused_head(self._pooled(features)).float()  # type: ignore[misc]
+
+    @torch.compiler.disable
+    def fuse(self) -> None:
+        """Bring the fused head up to date with weights that changed in whatever way; none in training mode.
+
+        Eval mode, loading a state dict, and each prediction do so by themselves; but not while a graph is being traced.
+        """
         if self.training:
-            return self.discriminate(features)
+            self._fused_head = None  # callbacks that average models pair their buffers
+            return
+        whitening = self.whitening
+        adapter, discriminator = self._trained
+        if self.averaged is not None and self.averaged.steps:
+            adapter, discriminator = self.averaged.module
+        modules = [adapter, discriminator, *([whitening] if isinstance(whitening, Whitening) else [])]
+        fused_from = fingerprint(modules)
+        if self._fused_head is not None and fused_from == self._fused_from:
+            return
+        first = whitening if isinstance(whitening, Whitening) else None
+        self._fused_head = FusedHead(self._linear(adapter), discriminator, self._segments, self.distance_weight, first)
+        self._fused_from = fused_from
 
-        patch_scores = -self.fused_head(self._pooled(features)).float()  # type: ignore[misc]
-        return InferenceBatch(
-            pred_score=self._image_score(patch_scores.flatten(1)),
-            anomaly_map=self.anomaly_map_generator(patch_scores, images.shape[-2:]),
-        )
+    def reset_averages(self) -> None:
+        """Let averages start anew with the weights after the next step."""
+        if self.averaged is not None:
+            self.averaged.reset()
 
-    def _image_score(self, patch_scores: torch.Tensor) -> torch.Tensor:
-        if self.top_patches == 1:
-            return patch_scores.amax(dim=1)
-        return patch_scores.topk(min(self.top_patches, patch_scores.shape[1]), dim=1).values.mean(dim=1)
+    def average(self) -> None:
+        """Add the present weights to the averages; to be called after each step of the optimizer."""
+        if self.averaged is not None:
+            self.averaged.update(self._trained)
 
+    @property
+    def _trained(self) -> nn.ModuleList:
+        return nn.ModuleList([self.adapter, self.discriminator])
 
-def _compose(layers: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of consecutive linear layers as one."""
-    weight, bias = layers[0].weight, layers[0].bias
-    for layer in layers[1:]:
-        weight = layer.weight @ weight
-        bias = nn.functional.linear(bias, layer.weight, layer.bias)
-    return weight, bias
+    def _whiten(self, embedding: torch.Tensor) -> torch.Tensor:
+        return embedding if self.whitening is None else self.whitening(embedding)
 
+    def _linear(self, adapter: Iterable[nn.Module]) -> list[Affine]:
+        """What stands between pooled maps (:meth:`_pooled`) and discriminator."""
+        return [*([self.whitening] if isinstance(self.whitening, Whitening) else []), *adapter]  # type: ignore[list-item]
 
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Weights and running statistics."""
-    return (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
+    def _pooled(self, features: Sequence[torch.Tensor]) -> Iterable[torch.Tensor]:
+        """Contributions to the embedding, on each layer's own grid, or the locally whitened embedding."""
+        if isinstance(self.whitening, LocalWhitening):
+            return [self.whitening(self.patch_aggregation(features))]
+        return self.patch_aggregation.pool(features)
 
-
-def _fuse_after_loading(model: SimpleNetModel, _incompatible_keys: object) -> None:
-    model.fuse()
+    @property
+    def _segments(self) -> list[slice]:
+        return [slice(None)] if isinstance(self.whitening, LocalWhitening) else self.patch_aggregation.segments

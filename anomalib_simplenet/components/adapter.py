@@ -2,11 +2,13 @@
 
 from torch import nn
 
+from anomalib_simplenet.checks import check_number
+
 
 class Adapter(nn.Sequential):
     """Linear layers that move ImageNet embeddings towards the target domain (paper, section 3.2).
 
-    Maps ``(patches, dimension)`` to the same shape. Weights start Xavier-normal; nothing stands between the layers.
+    Maps ``(patches, dimension)`` to the same shape. Weights start Xavier-normal; no activation between the layers.
 
     Args:
         dimension (int): Size of a patch embedding.
@@ -17,9 +19,7 @@ class Adapter(nn.Sequential):
     """
 
     def __init__(self, dimension: int, layers: int = 1) -> None:
-        if layers < 0:
-            msg = f"adapter_layers is {layers}, expected 0 (no adapter) or more."
-            raise ValueError(msg)
+        check_number("adapter_layers", layers, at_least=0, integer=True)
         super().__init__(*(nn.Linear(dimension, dimension) for _ in range(layers)))
         for layer in self:
             nn.init.xavier_normal_(layer.weight)

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from anomalib_simplenet.checks import check_number
+
 
 class AnomalyGenerator(nn.Module):
     """Make anomalies by adding Gaussian noise to embeddings (paper, section 3.3); the identity in eval mode.
@@ -10,21 +12,18 @@ class AnomalyGenerator(nn.Module):
     Args:
         noise_std (float): Standard deviation of the noise, in units of the adapted features. Defaults to ``0.015``,
             the paper's value, which belongs to the first ImageNet weights of torchvision's WideResNet-50-2.
-        mix_noise (int): With K > 1 each patch draws k from 0..K-1 and gets noise of ``noise_std * 1.1**k``.
+        mix_noise (int): With K > 1 each patch draws k in 0..K-1 and gets noise of ``noise_std * 1.1**k``.
             Defaults to ``1``.
 
     Raises:
-        ValueError: If ``noise_std`` is not positive or ``mix_noise`` is below 1.
+        ValueError: If ``noise_std`` is not positive or above 1e12, or ``mix_noise`` is below 1 or above 100.
     """
 
     def __init__(self, noise_std: float = 0.015, mix_noise: int = 1) -> None:
         super().__init__()
-        if not noise_std > 0:
-            msg = f"noise_std is {noise_std}, expected a number above 0 (the paper's is 0.015)."
-            raise ValueError(msg)
-        if mix_noise < 1:
-            msg = f"mix_noise is {mix_noise}, expected 1 (one scale of noise) or more."
-            raise ValueError(msg)
+        # Larger noise overflows single precision in batch norm.
+        check_number("noise_std", noise_std, above=0, at_most=1e12, hint="(the paper's is 0.015)")
+        check_number("mix_noise", mix_noise, at_least=1, at_most=100, integer=True)
         self.noise_std = noise_std
         self.mix_noise = mix_noise
 

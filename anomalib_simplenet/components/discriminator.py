@@ -3,35 +3,7 @@
 import torch
 from torch import nn
 
-
-def _processes() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-class SharedBatchNorm1d(nn.BatchNorm1d):
-    """Batch norm over the batches of all processes, so that several train as one would (torch's own needs a GPU).
-
-    All processes must have as many patches, as Lightning's samplers see to.
-    """
-
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Normalise patches, of shape ``(patches, width)`` in each process; shape as given."""
-        processes = _processes() if self.training else 1
-        if processes == 1:
-            return super().forward(patches)
-        from torch.distributed.nn.functional import all_reduce
-
-        patches = patches.float()
-        mean = all_reduce(patches.mean(dim=0)) / processes
-        centred = patches - mean
-        variance = all_reduce(centred.square().mean(dim=0)) / processes
-        count = processes * len(patches)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
-        return centred * ((variance + self.eps).rsqrt() * self.weight) + self.bias
+from anomalib_simplenet.checks import check_number
 
 
 class Discriminator(nn.Module):
@@ -57,23 +29,20 @@ class Discriminator(nn.Module):
 
     def __init__(self, dimension: int, layers: int = 2, hidden: int | None = 1024) -> None:
         super().__init__()
-        if layers < 1:
-            msg = f"discriminator_layers is {layers}, expected 1 or more."
-            raise ValueError(msg)
-        if hidden is not None and hidden < 1:
-            msg = f"discriminator_hidden is {hidden}, expected 1 or more, or None to shrink by 1.5 a layer."
-            raise ValueError(msg)
+        check_number("discriminator_layers", layers, at_least=1, integer=True)
+        if hidden is not None:
+            check_number("discriminator_hidden", hidden, at_least=1, integer=True, hint="or None to shrink by 1.5 a layer")
         self.body = nn.Sequential()
         for _ in range(layers - 1):
             width = hidden or int(dimension // 1.5)
             if width < 1:
                 msg = (
                     f"discriminator_layers is {layers}, too many to shrink the embedding by 1.5 a layer: "
-                    "a layer would be empty. Take fewer, or give discriminator_hidden."
+                    "a layer would be empty. Use fewer, or give discriminator_hidden."
                 )
                 raise ValueError(msg)
             activation = nn.LeakyReLU(self.NEGATIVE_SLOPE, inplace=True)
-            block = (nn.Linear(dimension, width), SharedBatchNorm1d(width), activation)
+            block = (nn.Linear(dimension, width), nn.BatchNorm1d(width), activation)
             self.body.append(nn.Sequential(*block))
             dimension = width
         self.tail = nn.Linear(dimension, 1, bias=False)

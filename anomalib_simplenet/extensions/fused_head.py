@@ -1,14 +1,62 @@
-"""The trained head as a few affine maps, for inference."""
+"""Adapter, noise and discriminator in fewer products; the scores are those of the plain path."""
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_simplenet.components.anomaly_generator import AnomalyGenerator
 from anomalib_simplenet.components.discriminator import Discriminator
 from anomalib_simplenet.components.ops import leaky_relu
 from anomalib_simplenet.components.patch_aggregation import project
+
+
+class Affine(Protocol):
+    """Anything with ``y = weight @ x + bias``."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+def noisy_scores(
+    embeddings: torch.Tensor | Iterable[torch.Tensor],
+    segments: Sequence[slice],
+    linear: Sequence[Affine],
+    generator: AnomalyGenerator,
+    discriminator: Discriminator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score real and fake patches in training mode.
+
+    With ``W`` the discriminator's first layer and ``A`` the adapter, ``W (A x + noise) = (W A) x + W noise``: one
+    product for all linear layers, on each layer's own grid, and one for the noise.
+
+    Args:
+        embeddings (torch.Tensor | Iterable[torch.Tensor]): Patches of shape ``(patches, dimension)``, or each layer's
+            contribution to them, of shape ``(N, size of its segment, h, w)`` (:meth:`PatchAggregation.pool`).
+        segments (Sequence[slice]): The part of the embedding that each layer contributes to.
+        linear (Sequence[Affine]): Layers before the discriminator.
+        generator (AnomalyGenerator): Makes the noise.
+        discriminator (Discriminator): Scores.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: Scores of real and of fake patches, ``(patches,)`` each.
+    """
+    first = discriminator.first
+    weight, bias = first.weight, first.bias
+    for layer in reversed(linear):
+        bias = F.linear(layer.bias, weight, bias)
+        weight = weight @ layer.weight
+    if isinstance(embeddings, torch.Tensor):
+        hidden = F.linear(embeddings, weight, bias)
+    else:
+        grid = project(embeddings, [weight[:, segment, None, None] for segment in segments], bias)
+        hidden = grid.permute(0, 2, 3, 1).flatten(0, 2)
+    noise = generator(hidden.new_zeros(()).expand(len(hidden), first.in_features))
+    noisy = torch.addmm(hidden, noise, first.weight.T)
+    real, fake = discriminator.after_first(torch.cat([hidden, noisy])).chunk(2)
+    return real, fake
 
 
 class FusedHead(nn.Module):
@@ -18,21 +66,22 @@ class FusedHead(nn.Module):
     to each layer on its own grid (:func:`project`).
 
     Args:
-        linear (Sequence[nn.Linear]): What stands before the discriminator: whitening and adapter.
+        linear (Sequence[Affine]): What stands before the discriminator: whitening and adapter.
         discriminator (Discriminator): Trained discriminator.
         segments (Sequence[slice]): The part of the embedding that each layer contributes to.
-        whitening (nn.Module | None): Whitening: linear and the first of ``linear``, or local and applied before.
-            Defaults to ``None``.
-        distance_weight (float): Weight of the whitened embedding's norm. Defaults to ``0.0``.
+        distance_weight (float): Weight of the whitened embedding's norm, divided by the square root of its size.
+            Defaults to ``0.0``.
+        whitening (Affine | None): The first of ``linear`` where the distance needs its product; ``None`` if embeddings
+            are whitened already. Defaults to ``None``.
     """
 
     def __init__(
         self,
-        linear: Sequence[nn.Linear],
+        linear: Sequence[Affine],
         discriminator: Discriminator,
         segments: Sequence[slice],
-        whitening: nn.Module | None = None,
         distance_weight: float = 0.0,
+        whitening: Affine | None = None,
     ) -> None:
         super().__init__()
         self.parts = len(segments)
@@ -40,9 +89,10 @@ class FusedHead(nn.Module):
         affine = _fold([*linear, *(layer for block in discriminator.body for layer in block), discriminator.tail])
         self.depth = len(affine)
         self.hidden = len(affine[0][0])
-        self.scale = 0.0 if whitening is None else distance_weight / whitening.out_features**0.5
-        self.whitens = isinstance(whitening, nn.Linear) and self.scale > 0
-        if self.whitens:  # with rows of the same product
+        self.dimension = affine[0][0].shape[1]
+        self.scale = distance_weight / self.dimension**0.5
+        self.whitens = whitening is not None and self.scale > 0
+        if whitening is not None and self.whitens:  # as more rows of the same product
             weight, bias = _fold([whitening])[0]
             affine[0] = (torch.cat([affine[0][0], weight]), torch.cat([affine[0][1], bias]))
         for index, (weight, bias) in enumerate(affine):
@@ -73,27 +123,38 @@ class FusedHead(nn.Module):
         return scores - distance
 
 
+@torch.no_grad()
+def fingerprint(modules: Iterable[nn.Module]) -> tuple[float, ...]:
+    """Sum and norm of each weight and running statistic: differs after whatever way of changing one.
+
+    PyTorch's own version counters miss writes through ``.data``, which callbacks that swap weights use.
+    """
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    sums = [value.to(tensors[0].device) for tensor in tensors for value in (tensor.sum(), tensor.float().norm())]
+    return tuple(torch.stack([value.float() for value in sums]).tolist())
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def _fold(layers: Sequence[nn.Module]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _fold(layers: Sequence[nn.Module | Affine]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Fold consecutive linear layers and batch norms; an activation ends one affine map and starts the next."""
     affine = []
     weight: torch.Tensor | None = None
     bias = torch.zeros(1, dtype=torch.float64)
     for layer in layers:
-        if isinstance(layer, nn.Linear):
-            own = _double(layer.weight)
-            if weight is None:
-                bias = torch.zeros(layer.in_features, dtype=torch.float64)
-            weight = own if weight is None else own @ weight
-            bias = own @ bias + (0 if layer.bias is None else _double(layer.bias))
-        elif isinstance(layer, nn.BatchNorm1d):
+        if isinstance(layer, nn.LeakyReLU):
+            affine.append((weight, bias))
+            weight = None
+        elif isinstance(layer, nn.BatchNorm1d | nn.SyncBatchNorm):
             scale = _double(layer.weight) / (_double(layer.running_var) + layer.eps).sqrt()
             weight = scale[:, None] * weight
             bias = scale * (bias - _double(layer.running_mean)) + _double(layer.bias)
         else:
-            affine.append((weight, bias))
-            weight = None
+            own = _double(layer.weight)
+            if weight is None:
+                bias = torch.zeros(own.shape[1], dtype=torch.float64)
+            weight = own if weight is None else own @ weight
+            bias = own @ bias + (0 if layer.bias is None else _double(layer.bias))
     return [*affine, (weight, bias)]
 
 

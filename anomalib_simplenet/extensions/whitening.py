@@ -1,4 +1,4 @@
-"""Whitening of embeddings."""
+"""Whitening of embeddings with statistics of the training images (not in the paper)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,9 +10,11 @@ from torch import nn
 REGULARISATION = 1e-2
 LOCAL_REGULARISATION = 1e-3
 SMALLEST_VARIANCE = 1e-6  # of the mean square
+LARGEST_LOCAL = 2 * 2**30  # bytes; larger weights fit no ONNX file
+_CHUNK = 64  # matrices in one call of eigh
 
 
-class Whitening(nn.Linear):
+class Whitening(nn.Module):
     """Shift and rotate embeddings to mean 0 and covariance 1 over normal patches, so that noise suits any backbone.
 
     The identity until :meth:`fit` was called; never trained.
@@ -21,16 +23,24 @@ class Whitening(nn.Linear):
         dimension (int): Size of a patch embedding.
 
     Attributes:
-        fitted (torch.Tensor): Whether :meth:`fit` was called, bool.
+        weight (torch.Tensor): ``(dimension, dimension)``.
+        bias (torch.Tensor): ``(dimension,)``.
+        fitted (torch.Tensor): 1 after :meth:`fit`, else 0. A float, since callbacks that average models average it.
     """
 
     def __init__(self, dimension: int) -> None:
-        super().__init__(dimension, dimension)
-        nn.init.eye_(self.weight)
-        nn.init.zeros_(self.bias)
-        self.requires_grad_(requires_grad=False)
+        super().__init__()
+        self.dimension = dimension
+        self.weight: torch.Tensor
+        self.bias: torch.Tensor
         self.fitted: torch.Tensor
-        self.register_buffer("fitted", torch.tensor(False))
+        self.register_buffer("weight", torch.eye(dimension))
+        self.register_buffer("bias", torch.zeros(dimension))
+        self.register_buffer("fitted", torch.tensor(0.0))
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Whiten embeddings of shape ``(N, dimension, h, w)``; shape as given."""
+        return nn.functional.conv2d(embedding, self.weight[:, :, None, None], self.bias)
 
     def moments(self, embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
         """Count, sum and second moments of patches; those of several sets add up.
@@ -42,7 +52,7 @@ class Whitening(nn.Linear):
             torch.Tensor: Sum over patches ``x`` of the outer product of ``[1, x]`` with itself: of a batch's in single
             precision, of the batches in double.
         """
-        moments = torch.zeros(self.in_features + 1, self.in_features + 1, dtype=torch.float64)
+        moments = torch.zeros(self.dimension + 1, self.dimension + 1, dtype=torch.float64)
         for embedding in embeddings:
             patches = embedding.float().permute(0, 2, 3, 1).flatten(0, 2)
             extended = nn.functional.pad(patches, (1, 0), value=1.0)
@@ -53,7 +63,7 @@ class Whitening(nn.Linear):
         """Take mean and covariance from :meth:`moments`.
 
         Raises:
-            ValueError: If all patches are the same.
+            ValueError: If the patches do not differ, or are too large for a covariance.
         """
         mean = moments[0, 1:] / moments[0, 0]
         covariance = moments[1:, 1:] / moments[0, 0] - torch.outer(mean, mean)
@@ -61,32 +71,31 @@ class Whitening(nn.Linear):
         weight = _inverse_root(covariance, REGULARISATION)
         self.weight.copy_(weight)
         self.bias.copy_(-weight @ mean)
-        self.fitted.fill_(True)
+        self.fitted.fill_(1.0)
 
 
 class LocalWhitening(nn.Module):
-    """Whiten each position of maps of embeddings with a mean and a covariance of its own.
+    """Whiten each position of maps of embeddings with a mean and a covariance of its own (Padim, arXiv 2011.08785).
 
-    What is normal differs over the image where all images are taken alike (Padim, arXiv 2011.08785). Each covariance is
-    drawn towards the mean of all, the more, the fewer images it was taken from. The identity until :meth:`fit` was
-    called; never trained.
+    For parts in a fixed position. Each covariance is shrunk towards the mean of all, the more, the fewer images it was
+    estimated from. The identity until :meth:`fit` was called; never trained.
 
     Args:
         dimension (int): Size of a patch embedding.
 
     Attributes:
-        fitted (torch.Tensor): Whether :meth:`fit` was called, bool.
+        fitted (torch.Tensor): 1 after :meth:`fit`, else 0.
         mean (torch.Tensor): ``(dimension, h, w)``.
         weight (torch.Tensor): A symmetric matrix for each position, row by row, ``(h * w, dimension, dimension)``.
     """
 
     def __init__(self, dimension: int) -> None:
         super().__init__()
-        self.out_features = dimension
+        self.dimension = dimension
         self.fitted: torch.Tensor
         self.mean: torch.Tensor
         self.weight: torch.Tensor
-        self.register_buffer("fitted", torch.tensor(False))
+        self.register_buffer("fitted", torch.tensor(0.0))
         # Their sizes are those of the images seen first.
         self.register_buffer("mean", torch.zeros(dimension, 0, 0))
         self.register_buffer("weight", torch.zeros(0, dimension, dimension))
@@ -114,7 +123,7 @@ class LocalWhitening(nn.Module):
             )
             raise ValueError(msg)
         white = _positions(embedding - self.mean) @ self.weight
-        return white.permute(1, 2, 0).reshape(-1, self.out_features, height, width)
+        return white.permute(1, 2, 0).reshape(-1, self.dimension, height, width)
 
     def moments(self, embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
         """Moments of maps; those of several sets add up.
@@ -123,38 +132,49 @@ class LocalWhitening(nn.Module):
             embeddings (Iterable[torch.Tensor]): Of batches, of shape ``(N, dimension, h, w)`` each.
 
         Returns:
-            torch.Tensor: Count of images, and of each position the sum and the sum of outer products, in one row; of a
-            batch's in single precision, of the batches in double.
+            torch.Tensor: Of each position the count of images, the sum and the sum of outer products, of shape
+            ``(1 + dimension + dimension**2, h, w)``: of a batch's in single precision, of the batches in double.
+
+        Raises:
+            ValueError: If the matrices would take more than 2 GiB.
         """
-        count, sums, products = 0, torch.zeros(()), torch.zeros(())
+        moments = torch.zeros(())
         for embedding in embeddings:
-            self.mean = self.mean.new_zeros(embedding.shape[1:])
+            _, _, height, width = embedding.shape
+            size = height * width * self.dimension**2 * 4
+            if size > LARGEST_LOCAL:
+                msg = (
+                    f'whiten is "local", whose {height} x {width} matrices of {self.dimension} x {self.dimension} take '
+                    f"{size / 2**30:.1f} GiB, expected at most {LARGEST_LOCAL / 2**30:.0f} GiB: lower "
+                    "target_embed_dimension or the image size, or set whiten to true."
+                )
+                raise ValueError(msg)
             patches = _positions(embedding.float())
-            count += len(embedding)
-            sums = sums + embedding.double().sum(dim=0).cpu()
-            products = products + (patches.mT @ patches).double().cpu()
-        return torch.cat([torch.tensor([count]), sums.flatten(), products.flatten()])
+            products = (patches.mT @ patches).flatten(1).mT.unflatten(1, (height, width))
+            count = torch.full((1, height, width), len(embedding))
+            moments = moments + torch.cat([count, embedding.double().sum(dim=0).cpu(), products.double().cpu()])
+        return moments
 
     def fit(self, moments: torch.Tensor) -> None:
         """Take means and covariances from :meth:`moments`.
 
         Raises:
-            ValueError: If they are of one image only, or of images that are all the same.
+            ValueError: If they are of one image only, of images that are all the same, or too large.
         """
-        if moments[0] < 2:
+        count, dimension = moments[0, 0, 0], self.dimension
+        if count < 2:
             msg = 'There is 1 training image, expected 2 or more: whiten "local" compares images. Set whiten to true.'
             raise ValueError(msg)
-        count, places = moments[0], self.mean.numel()
-        mean = (moments[1 : 1 + places] / count).view(self.mean.shape)
-        products = moments[1 + places :].view(-1, self.out_features, self.out_features)
+        mean = moments[1 : 1 + dimension] / count
+        products = moments[1 + dimension :].flatten(1).mT.unflatten(1, (dimension, dimension))
         means = _positions(mean[None])
         local = (products - count * means.mT @ means) / (count - 1)
-        share = self.out_features / (self.out_features + 4 * count)
+        share = dimension / (dimension + 4 * count)
         _check_variance(local, mean)
         shrunk = local.lerp_(local.mean(dim=0), share)
-        self.mean = mean.to(self.mean)
-        self.weight = torch.stack([_inverse_root(each, LOCAL_REGULARISATION).to(self.weight) for each in shrunk])
-        self.fitted.fill_(True)
+        weight = torch.cat([_inverse_root(chunk, LOCAL_REGULARISATION).to(self.weight) for chunk in shrunk.split(_CHUNK)])
+        self.mean, self.weight = mean.to(self.mean), weight
+        self.fitted.fill_(1.0)
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:  # noqa: ANN401
         for name in ("mean", "weight"):
@@ -170,15 +190,24 @@ def _positions(maps: torch.Tensor) -> torch.Tensor:
 
 
 def _check_variance(covariance: torch.Tensor, mean: torch.Tensor) -> None:
-    """Raise unless patches differ by more than rounding."""
+    """Raise unless the patches are finite and differ by more than rounding."""
     variance = covariance.diagonal(dim1=-2, dim2=-1).mean()
+    if not covariance.isfinite().all() or variance > 1e30:
+        msg = (
+            f"The training images' patches are too large to whiten (mean variance {variance:.3g}): check the backbone's "
+            "weights and the pixels, which are expected to be normalised."
+        )
+        raise ValueError(msg)
     if variance <= SMALLEST_VARIANCE * mean.square().mean():
-        msg = f"The training images' patches do not differ (mean variance {variance:.3g}): whiten has nothing to go by."
+        msg = (
+            f"The training images' patches have no variance (mean {variance:.3g}), expected images that differ: give "
+            "other images, or set whiten to false."
+        )
         raise ValueError(msg)
 
 
 def _inverse_root(covariance: torch.Tensor, regularisation: float) -> torch.Tensor:
-    """Inverse square root, symmetric."""
+    """Inverse square root of symmetric matrices ``(..., dimension, dimension)``, itself symmetric."""
     variance, directions = torch.linalg.eigh(covariance)
-    scale = (variance.clamp(min=0) + regularisation * variance.mean()).rsqrt()
-    return directions * scale @ directions.T
+    scale = (variance.clamp(min=0) + regularisation * variance.mean(dim=-1, keepdim=True)).rsqrt()
+    return (directions * scale[..., None, :]) @ directions.mT

@@ -1,19 +1,31 @@
 """Schedule, validation, reproducibility, checkpoints."""
 
+import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from anomalib.data import PredictDataset
 from anomalib.engine import Engine
+from anomalib.post_processing import PostProcessor
 from lightning import seed_everything
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    WeightAveraging,
+)
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from anomalib_simplenet import SimpleNet
+from anomalib_simplenet.callbacks.resume import AtomicCheckpointIO, Resume
 from anomalib_simplenet.components import PretrainedWeightsError
 
-from .conftest import folder_data, tiny_model
+from .conftest import TINY, folder_data, tiny_model
 
 
 class Count(Callback):
@@ -58,7 +70,7 @@ def stop_at_once() -> EarlyStopping:
     return EarlyStopping("train_loss", stopping_threshold=100.0, check_on_train_epoch_end=True)
 
 
-def test_trains_for_the_papers_160_epochs_and_validates_once_where_nothing_is_said(pictures: Path) -> None:
+def test_fit_takes_the_papers_160_epochs_and_validates_once_by_default(pictures: Path) -> None:
     count, _, model = fit(pictures, limit_train_batches=1)
     assert (count.epochs, count.steps, count.validated_at) == (160, 160, [160])
     assert not torch.isnan(model.post_processor.image_threshold)
@@ -76,7 +88,7 @@ def test_trains_for_the_papers_160_epochs_and_validates_once_where_nothing_is_sa
         ({"max_steps": 4, "check_val_every_n_epoch": 9}, 2, 4),
     ],
 )
-def test_the_users_limit_wins_and_validation_runs_once_at_its_end(
+def test_fit_keeps_the_users_limit_and_validates_once_at_its_end(
     pictures: Path, limits: dict, epochs: int, steps: int
 ) -> None:
     count, engine, model = fit(pictures, **limits)
@@ -85,11 +97,11 @@ def test_the_users_limit_wins_and_validation_runs_once_at_its_end(
     assert saved["state_dict"]["post_processor._image_threshold"] == model.post_processor.image_threshold
 
 
-def test_a_thousand_epochs_are_a_thousand_where_the_user_says_so(pictures: Path) -> None:
+def test_fit_keeps_a_limit_of_1000_epochs(pictures: Path) -> None:
     assert fit(pictures, max_epochs=1000, count=Count(stop_after_batches=0))[0].limit == 1000
 
 
-def test_max_time_takes_the_place_of_epochs(pictures: Path) -> None:
+def test_fit_takes_max_time_in_place_of_epochs(pictures: Path) -> None:
     count, _, _ = fit(pictures, max_time="00:00:00:03")
     assert count.limit == -1
     assert count.validated_at == [count.steps]
@@ -111,7 +123,7 @@ def test_max_time_takes_the_place_of_epochs(pictures: Path) -> None:
         ({"callbacks": [EarlyStopping("train_loss", patience=9)]}, [3, 6, 9, 12]),
     ],
 )
-def test_who_asks_for_more_validation_gets_it(pictures: Path, wish: dict, validated_at: list[int]) -> None:
+def test_fit_validates_as_often_as_requested(pictures: Path, wish: dict, validated_at: list[int]) -> None:
     count, engine, model = fit(pictures, max_epochs=4, **wish)
     assert count.validated_at == validated_at
     saved = torch.load(engine.trainer.checkpoint_callback.best_model_path, weights_only=True)
@@ -119,7 +131,7 @@ def test_who_asks_for_more_validation_gets_it(pictures: Path, wish: dict, valida
     assert saved["state_dict"]["post_processor._image_threshold"] == model.post_processor.image_threshold
 
 
-def test_a_fit_that_failed_does_not_keep_the_next_from_validating(pictures: Path) -> None:
+def test_fit_validates_after_one_that_failed(pictures: Path) -> None:
     class FailOnce(Callback):
         failed = False
 
@@ -138,11 +150,11 @@ def test_a_fit_that_failed_does_not_keep_the_next_from_validating(pictures: Path
     assert count.validated_at == [count.steps]
 
 
-def test_same_seed_same_weights_and_only_the_head_trains(pictures: Path) -> None:
+def test_fit_repeats_with_the_seed_and_trains_the_head_alone(pictures: Path) -> None:
     states = []
     for _ in range(2):
         seed_everything(3)
-        model = tiny_model(adapter_layers=1, whiten=True)
+        model = tiny_model(adapter_layers=1, whiten=True, averaging=True)
         before = {key: value.clone() for key, value in model.state_dict().items()}
         fit(pictures, model, max_epochs=2)
         states.append(model.state_dict())
@@ -151,14 +163,13 @@ def test_same_seed_same_weights_and_only_the_head_trains(pictures: Path) -> None
         "adapter",
         "discriminator",
         "averaged",  # of these two
-        "averaged_steps",
         "whitening",
     }
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items() if key.startswith("model."))
 
 
 @pytest.mark.parametrize("whiten", [True, False])
-def test_same_seed_same_weights_with_cache_or_without_and_whoever_reads_the_images(
+def test_fit_repeats_with_or_without_cache_and_workers(
     pictures: Path, tmp_path: Path, whiten: bool
 ) -> None:
     states = []
@@ -172,12 +183,12 @@ def test_same_seed_same_weights_with_cache_or_without_and_whoever_reads_the_imag
         assert all(torch.equal(state[key], value) for key, value in states[0].items())
 
 
-def test_whitening_is_that_of_the_training_images_and_kept_on_resuming(pictures: Path) -> None:
+def test_whitening_pass_uses_the_training_images_and_is_kept_on_resuming(pictures: Path) -> None:
     model = tiny_model(whiten=True)
     _, engine, _ = fit(pictures, model, max_epochs=1)
     transform = model.pre_processor.transform
     maps = torch.cat([model.model.embed(transform(item.image[None])) for item in folder_train(pictures)])
-    white = model.model.whitening(maps.permute(0, 2, 3, 1).flatten(0, 2))
+    white = model.model.whitening(maps).permute(0, 2, 3, 1).flatten(0, 2)
     torch.testing.assert_close(white.mean(dim=0), torch.zeros(16), atol=1e-3, rtol=0)
     kept = model.model.whitening.weight.clone()
     resumed = tiny_model(whiten=True)
@@ -187,31 +198,31 @@ def test_whitening_is_that_of_the_training_images_and_kept_on_resuming(pictures:
 
 
 @pytest.mark.parametrize("whiten", [True, "local"])
-def test_training_on_other_images_whitens_by_these_and_averages_anew(pictures: Path, whiten: bool | str) -> None:
-    model = tiny_model(whiten=whiten)
+def test_fit_on_other_images_whitens_and_averages_anew(pictures: Path, whiten: bool | str) -> None:
+    model = tiny_model(whiten=whiten, averaging=True)
     fit(pictures, model, max_epochs=2)
     other = {"normal_dir": "test/bad", "abnormal_dir": "train/good", "mask_dir": None}
     both = {}
-    for name, each in (("again", model), ("first", tiny_model(whiten=whiten))):
+    for name, each in (("again", model), ("first", tiny_model(whiten=whiten, averaging=True))):
         each.model.feature_extractor.load_state_dict(model.model.feature_extractor.state_dict())
         engine = Engine(max_epochs=1, default_root_dir=pictures.parent / name, accelerator="cpu")
         engine.fit(each, datamodule=folder_data(pictures, **other))
         both[name] = each.model
     torch.testing.assert_close(both["again"].whitening.weight, both["first"].whitening.weight)
-    assert both["again"].averaged_steps == both["first"].averaged_steps == 2
+    assert both["again"].averaged.steps == both["first"].averaged.steps == 2
     engine.fit(model, datamodule=folder_data(pictures, **other))  # no epochs are left
-    assert model.model.averaged_steps == 2
+    assert model.model.averaged.steps == 2
 
 
-def test_local_whitening_of_copies_is_refused(pictures: Path) -> None:
+def test_whitening_pass_refuses_identical_images(pictures: Path) -> None:
     for path in (pictures / "train" / "good").iterdir():
         path.write_bytes((pictures / "test" / "good" / "000.png").read_bytes())
-    with pytest.raises(ValueError, match="training images' patches do not differ"):
+    with pytest.raises(ValueError, match="patches have no variance"):
         fit(pictures, tiny_model(whiten="local"), max_epochs=1)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_a_precision_that_batches_do_not_go_with_is_refused(pictures: Path, precision: str) -> None:
+def test_setup_refuses_precisions_that_anomalib_cannot_use(pictures: Path, precision: str) -> None:
     with pytest.raises(ValueError, match=f"precision is {precision}, expected 32-true, 16-mixed or bf16-mixed"):
         fit(pictures, max_epochs=1, precision=precision)
 
@@ -222,12 +233,12 @@ def folder_train(pictures: Path) -> list:
     return list(data.train_data)
 
 
-def test_health_figures_are_logged(pictures: Path) -> None:
+def test_training_logs_loss_and_accuracies(pictures: Path) -> None:
     _, engine, _ = fit(pictures, max_epochs=1)
     figures = engine.trainer.callback_metrics
     assert figures["train_loss"] > 0
-    assert 0 <= figures["p_true"] <= 1
-    assert 0 <= figures["p_fake"] <= 1
+    assert 0 <= figures["real_accuracy"] <= 1
+    assert 0 <= figures["fake_accuracy"] <= 1
 
 
 def test_training_step_returns_the_loss_of_its_scores() -> None:
@@ -242,24 +253,24 @@ def test_training_step_returns_the_loss_of_its_scores() -> None:
 
     loss = model.training_step(OneBatch(), 0)
     assert loss.item() == pytest.approx((0.3 + 1.5) / 4 + (0.5 + 1.5 + 0.3) / 4)
-    assert (logged["p_true"], logged["p_fake"]) == (0.5, 0.25)
+    assert (logged["real_accuracy"], logged["fake_accuracy"]) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32"])
 def test_precisions_train_and_test(pictures: Path, precision: str) -> None:
     engine = Engine(max_epochs=1, precision=precision, default_root_dir=pictures.parent / "r", accelerator="cpu")
     results = engine.train(tiny_model(), datamodule=folder_data(pictures))
-    assert set(results[0]) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"}
+    assert set(results[0]) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score"}
 
 
-def test_a_last_batch_of_one_image_and_one_patch_trains(pictures: Path) -> None:
+def test_fit_trains_on_batches_of_one_patch(pictures: Path) -> None:
     model = tiny_model(layers=["layer4"], image_size=(32, 32))
     engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "r", accelerator="cpu")
     engine.fit(model, datamodule=folder_data(pictures, train_batch_size=1))
     assert all(torch.isfinite(value).all() for key, value in model.state_dict().items() if key.startswith("model."))
 
 
-def test_checkpoint_moves_to_a_machine_without_the_weights_folder(real: Path, pictures: Path) -> None:
+def test_checkpoint_loads_without_the_weights_folder(real: Path, pictures: Path) -> None:
     folder = real / "moving"
     folder.mkdir()
     for path in (real / "efficientnet_lite0").iterdir():
@@ -289,7 +300,7 @@ def folder_data_test(pictures: Path) -> object:
     return data.test_data
 
 
-def test_a_module_as_backbone_is_given_again_on_loading(pictures: Path) -> None:
+def test_checkpoint_with_a_module_as_backbone_needs_it_again(pictures: Path) -> None:
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 4), torch.nn.ReLU())
     _, engine, model = fit(pictures, tiny_model(backbone=backbone, layers=["1"]), max_epochs=1)
     checkpoint = engine.trainer.checkpoint_callback.best_model_path
@@ -301,7 +312,7 @@ def test_a_module_as_backbone_is_given_again_on_loading(pictures: Path) -> None:
     assert torch.equal(loaded(images).pred_score, model.eval()(images).pred_score)
 
 
-def test_a_backbone_of_a_class_that_cannot_be_pickled_trains_and_says_what_it_lacks(pictures: Path) -> None:
+def test_checkpoint_with_an_unpicklable_backbone_names_what_to_build(pictures: Path) -> None:
     class Local(torch.nn.Sequential):
         pass
 
@@ -315,29 +326,25 @@ def test_a_backbone_of_a_class_that_cannot_be_pickled_trains_and_says_what_it_la
         engine.test(build(adapter_layers=1), datamodule=folder_data(pictures), ckpt_path=checkpoint)
 
 
-def test_weights_are_averaged_once_a_step_and_a_checkpoint_keeps_them(pictures: Path, tmp_path: Path) -> None:
-    engine, model = Engine(max_epochs=2, accumulate_grad_batches=2, default_root_dir=tmp_path), tiny_model()
+def test_averaging_happens_once_a_step_and_is_kept_in_checkpoints(pictures: Path, tmp_path: Path) -> None:
+    engine, model = Engine(max_epochs=2, accumulate_grad_batches=2, default_root_dir=tmp_path), tiny_model(averaging=True)
     engine.fit(model, datamodule=folder_data(pictures))
-    assert int(model.model.averaged_steps) == engine.trainer.global_step == 4
+    assert int(model.model.averaged.steps) == engine.trainer.global_step == 4
     loaded = SimpleNet.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path)
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(loaded.eval()(images).pred_score, model.eval()(images).pred_score)
 
 
-def test_a_checkpoint_from_before_averaging_loads(pictures: Path, tmp_path: Path) -> None:
-    engine, model = Engine(max_epochs=1, default_root_dir=tmp_path), tiny_model(averaging=False)
-    engine.fit(model, datamodule=folder_data(pictures))
-    path = tmp_path / "old.ckpt"
+def test_checkpoint_of_another_format_is_refused(pictures: Path, tmp_path: Path) -> None:
+    _, engine, _ = fit(pictures, max_epochs=1)
     checkpoint = torch.load(engine.trainer.checkpoint_callback.best_model_path, weights_only=True)
-    for name in ("averaging", "distance_weight", "top_patches"):
-        del checkpoint["hyper_parameters"][name]
-    torch.save(checkpoint, path)
-    loaded = SimpleNet.load_from_checkpoint(path).eval()
-    images = torch.rand(2, 3, 64, 64)
-    assert torch.equal(loaded(images).pred_score, model.eval()(images).pred_score)
+    del checkpoint["simplenet_format"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match="format None, expected 1: .* Use that version, or train again"):
+        SimpleNet.load_from_checkpoint(tmp_path / "old.ckpt")
 
 
-def test_a_checkpoint_of_another_model_is_refused(pictures: Path) -> None:
+def test_checkpoint_of_another_model_is_refused(pictures: Path) -> None:
     from anomalib.models import Padim
 
     engine = Engine(default_root_dir=pictures.parent / "padim", accelerator="cpu")
@@ -347,29 +354,195 @@ def test_a_checkpoint_of_another_model_is_refused(pictures: Path) -> None:
         Engine(accelerator="cpu").test(tiny_model(), datamodule=folder_data(pictures), ckpt_path=checkpoint)
 
 
-def test_training_without_the_backbones_weights_is_refused(pictures: Path) -> None:
-    with pytest.raises(PretrainedWeightsError, match="cannot be had"):
+def test_fit_refuses_a_backbone_whose_weights_could_not_be_loaded(pictures: Path) -> None:
+    with pytest.raises(PretrainedWeightsError, match="could not be loaded"):
         fit(pictures, tiny_model(backbone="resnet18.tv_in1k", pre_trained=True), max_epochs=1)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"adapter_lr": 0}, "adapter_lr is 0, expected a number above 0"),
+        ({"adapter_lr": 0}, "adapter_lr is 0, expected a finite number above 0"),
         ({"discriminator_lr": -1.0}, "discriminator_lr is -1.0, expected"),
-        ({"discriminator_weight_decay": -1}, "discriminator_weight_decay is -1, expected 0 or more"),
-        ({"layers": ["layer4"], "image_size": (64, 16)}, "images of .*smaller than the 32 pixels"),
-        (
-            {"backbone": "vit_small_patch14_dinov2", "layers": ["blocks.1"], "image_size": (64, 64)},
-            "no multiple of the backbone's patches of 14 pixels",
-        ),
+        ({"discriminator_weight_decay": -1}, "discriminator_weight_decay is -1, expected a finite number of at least 0"),
     ],
 )
-def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
+def test_model_refuses_wrong_arguments_by_name(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model(**arguments)
 
 
-def test_center_crop_larger_than_the_image_is_refused() -> None:
+def test_configure_pre_processor_refuses_a_crop_larger_than_the_image() -> None:
     with pytest.raises(ValueError, match=r"center_crop_size \(300, 300\) is larger than image_size \(288, 288\)"):
         SimpleNet.configure_pre_processor(center_crop_size=(300, 300))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": ["layer4"], "image_size": (64, 16)}, "images of .* expected at least 32, the stride"),
+        (
+            {"backbone": "vit_small_patch14_dinov2", "layers": ["blocks.1"], "image_size": (64, 64)},
+            "expected multiples of 14, the backbone's patch size",
+        ),
+    ],
+)
+def test_setup_refuses_image_sizes_that_the_backbone_cannot_take(pictures: Path, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(pictures, tiny_model(**arguments), max_epochs=1)
+
+
+def test_fit_trains_and_validates_after_the_batch_size_finder(pictures: Path) -> None:
+    finder = BatchSizeFinder("power", steps_per_trial=2, init_val=1, max_trials=1, batch_arg_name="train_batch_size")
+    count, engine, model = fit(pictures, tiny_model(feature_cache=False), max_epochs=2, callbacks=[finder])
+    assert engine.trainer.current_epoch == 2
+    assert count.validated_at[-1] == count.steps
+    assert model.post_processor.image_threshold.isfinite()
+    assert Path(engine.trainer.checkpoint_callback.best_model_path).is_file()
+
+
+class Swap(Callback):
+    """Put other weights in place at one moment, as Lightning's EMA callbacks do."""
+
+    def __init__(self, moment: str) -> None:
+        setattr(self, moment, self.swap)
+
+    def swap(self, _trainer: Trainer, model: SimpleNet, *_args: object) -> None:
+        for parameter in model.model.discriminator.parameters():
+            parameter.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("moment", ["on_test_start", "on_test_epoch_start"])
+def test_test_scores_with_weights_that_a_callback_swapped_in(pictures: Path, moment: str) -> None:
+    model, scores = tiny_model(post_processor=False, evaluator=False, visualizer=False, report=False), []
+    fit(pictures, model, max_epochs=1)
+
+    class Scores(Callback):
+        def on_test_batch_end(self, _trainer: Trainer, _model: SimpleNet, outputs: object, *_args: object) -> None:
+            scores.append(outputs.pred_score)
+
+    for callbacks in ([], [Swap(moment)]):
+        engine = Engine([Scores(), *callbacks], accelerator="cpu", default_root_dir=pictures.parent / "swapped")
+        engine.test(model, datamodule=folder_data(pictures))
+    before, after = torch.cat(scores).chunk(2)
+    assert not torch.allclose(before, after, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [WeightAveraging, EMAWeightAveraging])
+def test_whitening_goes_with_lightnings_weight_averaging(pictures: Path, kind: type) -> None:
+    _, engine, model = fit(pictures, tiny_model(whiten=True), max_epochs=2, callbacks=[kind()])
+    assert model.model.whitening.fitted == 1
+    assert engine.trainer.current_epoch == 2
+    with pytest.raises(ValueError, match="WeightAveraging cannot average: set averaging to true instead"):
+        fit(pictures, tiny_model(whiten="local"), max_epochs=1, callbacks=[kind()])
+
+
+def test_resume_gives_each_process_noise_of_its_own() -> None:
+    class OfRank:
+        ckpt_path = None
+
+        def __init__(self, rank: int) -> None:
+            self.global_rank = rank
+
+    def drawn(rank: int, resumed: dict | None = None) -> list[float]:
+        seed_everything(7, verbose=False)
+        resume, trainer = Resume(), OfRank(rank)
+        if resumed is not None:
+            trainer.ckpt_path = "model.ckpt"
+            resume.load_state_dict(resumed)
+        resume.on_fit_start(trainer, None)
+        return torch.rand(3).tolist()
+
+    saved = Resume().state_dict()
+    for state in (None, saved):
+        assert drawn(1, state) == drawn(1, state) != drawn(0, state)
+        assert drawn(2, state) != drawn(1, state)
+
+
+def test_checkpoint_io_keeps_the_earlier_file_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, writer = tmp_path / "model.ckpt", AtomicCheckpointIO()
+    writer.save_checkpoint({"epoch": 1}, path)
+
+    def half(_checkpoint: object, target: Path) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        writer.save_checkpoint({"epoch": 2}, path)
+    assert writer.load_checkpoint(path) == {"epoch": 1}
+    assert [each.name for each in tmp_path.iterdir()] == ["model.ckpt"]
+
+
+def test_fit_writes_checkpoints_without_a_detour_through_the_temporary_folder(pictures: Path) -> None:
+    _, engine, _ = fit(pictures, max_epochs=1)
+    assert type(engine.trainer.strategy.checkpoint_io) is AtomicCheckpointIO
+
+
+def test_test_of_a_checkpoint_scores_as_predict_does(pictures: Path) -> None:
+    for path in (pictures / "test").rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((600, 1200)).save(path)
+    for path in (pictures / "ground_truth").rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((600, 1200)).save(path)
+    _, engine, _ = fit(pictures, tiny_model(image_size=(96, 64)), max_epochs=1)
+    checkpoint = engine.trainer.checkpoint_callback.best_model_path
+    scores: dict[str, dict[str, float]] = {}
+    other = {key: value for key, value in TINY.items() if key != "pre_trained"}
+    for name, run in (("test", "test"), ("predict", "predict")):
+        fresh = Engine(accelerator="cpu", default_root_dir=pictures.parent / name)
+        model = SimpleNet(pre_trained=False, **other)  # with the default pre-processor's 288 x 288
+        data = folder_data(pictures, val_split_mode="same_as_test")
+        if run == "test":
+            fresh.test(model, datamodule=data, ckpt_path=checkpoint)
+        else:
+            fresh.predict(model, dataset=PredictDataset(pictures / "test"), ckpt_path=checkpoint)
+        with (Path(fresh.trainer.default_root_dir) / "predictions.csv").open() as file:
+            scores[name] = {Path(row["image_path"]).parts[-2:]: float(row["pred_score"]) for row in csv.DictReader(file)}
+    assert scores["test"].keys() == scores["predict"].keys()
+    assert scores["test"] == pytest.approx(scores["predict"], abs=1e-6)
+
+
+@pytest.mark.parametrize("change", ["bias", "running_mean", "noise_std"])
+def test_checkpoint_with_weights_that_are_not_finite_is_refused(pictures: Path, change: str) -> None:
+    class Break(Callback):
+        def on_train_batch_end(self, _trainer: Trainer, model: SimpleNet, *_args: object) -> None:
+            linear, norm, _ = model.model.discriminator.body[0]
+            if change == "noise_std":
+                model.model.anomaly_generator.noise_std = 1e30
+            else:
+                (linear.bias if change == "bias" else norm.running_mean).data.fill_(torch.nan)
+
+    with pytest.raises(ValueError, match=r"NaN or infinite"):
+        fit(pictures, max_epochs=1, callbacks=[Break()], limit_val_batches=0)
+    with pytest.raises(ValueError, match=r"the score is NaN or infinite: the model's weights are broken"):
+        fit(pictures, max_epochs=1, callbacks=[Break()])
+    assert not list((pictures.parent / "results").rglob("*.ckpt"))
+
+
+def test_model_takes_numpy_numbers_and_keeps_them_plain_in_checkpoints(pictures: Path) -> None:
+    model = tiny_model(patch_size=np.int64(3), noise_std=np.float32(0.1), adapter_lr=np.float64(1e-4))
+    _, engine, _ = fit(pictures, model, max_epochs=1)
+    saved = torch.load(engine.trainer.checkpoint_callback.best_model_path, weights_only=True)["hyper_parameters"]
+    assert (type(saved["patch_size"]), type(saved["noise_std"])) == (int, float)
+
+
+def test_checkpoint_keeps_top_patches_unless_others_are_requested(pictures: Path) -> None:
+    _, engine, _ = fit(pictures, tiny_model(top_patches=3), max_epochs=1)
+    checkpoint = engine.trainer.checkpoint_callback.best_model_path
+    for requested, expected in ((1, 3), (3, 3), (5, 5)):
+        model = tiny_model(top_patches=requested)
+        Engine(accelerator="cpu", default_root_dir=pictures.parent / "r").test(
+            model, datamodule=folder_data(pictures), ckpt_path=checkpoint
+        )
+        assert model.model.top_patches == expected
+
+
+@pytest.mark.parametrize("processor", [False, PostProcessor(enable_thresholding=False)])
+def test_test_without_thresholds_gives_the_metrics_that_need_none(pictures: Path, processor: object) -> None:
+    engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "r", accelerator="cpu")
+    results = engine.train(tiny_model(post_processor=processor), datamodule=folder_data(pictures))
+    assert set(results[0]) == {"image_AUROC", "pixel_AUROC"}

@@ -1,4 +1,4 @@
-"""Several processes: they learn and find what one does, and leave nothing running when one of them dies."""
+"""Several processes: they learn what one does, and leave nothing running when one of them dies."""
 
 import json
 import os
@@ -50,22 +50,18 @@ def assert_as_one(pictures: Path, several: str) -> None:
     assert len(ranks) == 2
     for rank in ranks:
         assert rank["losses"] == pytest.approx(one["losses"], rel=1e-4)
-        assert rank["metrics"] == pytest.approx(one["metrics"], abs=1e-3)  # an image more would move them by more
         for key, value in one["state"].items():
             torch.testing.assert_close(rank["state"][key], value, rtol=1e-3, atol=2e-3, msg=key, equal_nan=True)
             if "batches_tracked" not in key:
                 assert torch.equal(rank["state"][key], ranks[0]["state"][key]), key
+    assert not torch.equal(ranks[0]["noise"], ranks[1]["noise"])
 
 
-def test_two_processes_learn_and_find_what_one_does(pictures: Path) -> None:
+def test_fit_in_two_processes_learns_what_one_does(pictures: Path) -> None:
     finish(start(pictures, "one", {}))
     finish(start(pictures, "two", TWO))
     assert_as_one(pictures, "two")
-    results = next((pictures.parent / "two").rglob("report.html")).parent
-    assert [path.name for path in results.parent.iterdir() if not path.is_symlink()] == [results.name]
-    assert (results.parent / "latest").resolve() == results
-    assert len(list(results.rglob("predictions*"))) == len(list(results.rglob("*.ckpt"))) == 1
-    assert len(list(results.rglob("images/test/*/*.png"))) == 7
+    assert len(list((pictures.parent / "two").rglob("*.ckpt"))) == 1
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -78,7 +74,7 @@ def test_two_processes_learn_and_find_what_one_does(pictures: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_when_a_process_dies_the_other_ends_too(pictures: Path, rank: str) -> None:
+def test_fit_ends_in_all_processes_when_one_dies(pictures: Path, rank: str) -> None:
     process = start(pictures, "dying", TWO, DIES=rank)
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0, output[-3000:]

@@ -1,5 +1,7 @@
 """Adapter, generator, discriminator, loss, whitening, anomaly map."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,11 +15,12 @@ from anomalib_simplenet.components import (
     AnomalyMapGenerator,
     Discriminator,
 )
+from anomalib_simplenet.extensions.fused_head import FusedHead
 from anomalib_simplenet.extensions.whitening import LocalWhitening, Whitening
 from anomalib_simplenet.loss import TruncatedL1Loss
 
 
-def test_generator_adds_noise_of_the_given_deviation() -> None:
+def test_anomaly_generator_adds_noise_of_the_given_deviation() -> None:
     torch.manual_seed(0)
     embedding = torch.full((2000, 50), 3.0)
     noise = AnomalyGenerator(noise_std=0.2)(embedding) - embedding
@@ -25,7 +28,7 @@ def test_generator_adds_noise_of_the_given_deviation() -> None:
     assert noise.mean().item() == pytest.approx(0, abs=0.01)
 
 
-def test_mixed_noise_draws_one_scale_a_patch() -> None:
+def test_anomaly_generator_draws_one_scale_a_patch() -> None:
     torch.manual_seed(0)
     deviation = AnomalyGenerator(noise_std=1.0, mix_noise=3)(torch.zeros(600, 20000)).std(dim=1)
     scales = torch.tensor([1.0, 1.1, 1.21])
@@ -81,7 +84,7 @@ def test_whitening_gives_mean_zero_and_covariance_one_from_several_batches() -> 
     first, last = patches.T.reshape(1, 6, 100, 50).split([40, 60], dim=2)
     whitening.fit(whitening.moments(first.split(3, dim=3)) + whitening.moments([last]))
     assert whitening.fitted
-    white = whitening(patches)
+    white = whitening(patches.T.reshape(1, 6, 100, 50))[0].flatten(1).T
     torch.testing.assert_close(white.mean(dim=0), torch.zeros(6), atol=1e-3, rtol=0)
     covariance = torch.cov(white.T)
     # The directions of least variance are held back by the regularisation.
@@ -96,7 +99,9 @@ def test_local_whitening_is_that_of_each_position() -> None:
     maps = torch.randn(4000, 6, 9, 6) * scale + torch.randn(6, 9, 6)
     whitening = LocalWhitening(6)
     assert torch.equal(whitening(maps), maps)
-    whitening.fit(whitening.moments(maps[:3000].split(1000)) + whitening.moments([maps[3000:]]))
+    moments = whitening.moments(maps[:3000].split(1000)) + whitening.moments([maps[3000:]])
+    assert torch.equal(whitening(maps), maps)  # moments change nothing
+    whitening.fit(moments)
     assert whitening.fitted
     white = whitening(maps)
     torch.testing.assert_close(white.mean(dim=0), torch.zeros(6, 9, 6), atol=1e-3, rtol=0)
@@ -109,7 +114,7 @@ def test_local_whitening_is_that_of_each_position() -> None:
         whitening(maps[..., :5])
 
 
-def test_local_whitening_of_few_images_is_drawn_towards_that_of_all_positions() -> None:
+def test_local_whitening_shrinks_covariances_of_few_images() -> None:
     torch.manual_seed(0)
     maps, others = torch.randn(3, 50, 8, 8), torch.randn(20, 50, 8, 8)
     whitening = LocalWhitening(50)
@@ -121,7 +126,7 @@ def test_local_whitening_of_few_images_is_drawn_towards_that_of_all_positions() 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 60), st.integers(1, 60))
-def test_anomaly_map_is_smoothed_as_scipy_does_to_the_border(h: int, w: int, height: int, width: int) -> None:
+def test_anomaly_map_generator_smooths_as_scipy_does_to_the_border(h: int, w: int, height: int, width: int) -> None:
     scores = torch.randn(2, 1, h, w)
     resized = nn.functional.interpolate(scores, size=(height, width), mode="bilinear", align_corners=False)
     expected = torch.stack([torch.from_numpy(gaussian_filter(image[0].double().numpy(), 4)) for image in resized])
@@ -132,16 +137,42 @@ def test_anomaly_map_is_smoothed_as_scipy_does_to_the_border(h: int, w: int, hei
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Adapter(8, -1), "adapter_layers is -1, expected 0"),
-        (lambda: AnomalyGenerator(0.0), "noise_std is 0.0, expected a number above 0"),
+        (lambda: Adapter(8, -1), "adapter_layers is -1, expected an integer of at least 0"),
+        (lambda: AnomalyGenerator(0.0), "noise_std is 0.0, expected a finite number above 0 and of at most 1e\\+12"),
         (lambda: AnomalyGenerator(float("nan")), "noise_std is nan"),
-        (lambda: AnomalyGenerator(mix_noise=0), "mix_noise is 0, expected 1"),
-        (lambda: Discriminator(8, 0), "discriminator_layers is 0, expected 1 or more"),
-        (lambda: Discriminator(8, 2, 0), "discriminator_hidden is 0, expected 1 or more"),
+        (lambda: AnomalyGenerator(mix_noise=0), "mix_noise is 0, expected an integer of at least 1 and of at most 100"),
+        (lambda: AnomalyGenerator(mix_noise=1000), "mix_noise is 1000, expected"),
+        (lambda: Discriminator(8, 0), "discriminator_layers is 0, expected an integer of at least 1"),
+        (lambda: Discriminator(8, 2, 0), "discriminator_hidden is 0, expected an integer of at least 1 or None"),
         (lambda: Discriminator(2, 4, None), "discriminator_layers is 4, too many"),
-        (lambda: TruncatedL1Loss(0), "margin is 0, expected a number above 0"),
+        (lambda: TruncatedL1Loss(0), "margin is 0, expected a finite number above 0"),
     ],
 )
-def test_wrong_arguments_are_named(make: callable, message: str) -> None:
+def test_components_refuse_wrong_arguments_by_name(make: callable, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_local_whitening_refuses_matrices_of_more_than_two_gib() -> None:
+    with pytest.raises(ValueError, match=r"36 x 36 matrices of 1536 x 1536 take 11\.4 GiB, expected at most 2 GiB"):
+        LocalWhitening(1536).moments([torch.zeros(2, 1536, 36, 36)])
+
+
+@pytest.mark.parametrize("kind", [Whitening, LocalWhitening])
+def test_whitening_refuses_features_too_large_for_a_covariance(kind: type) -> None:
+    whitening = kind(4)
+    with pytest.raises(ValueError, match="too large to whiten"):
+        whitening.fit(whitening.moments([1e20 * torch.randn(8, 4, 3, 3)]))
+    assert not whitening.fitted
+    maps = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(whitening(maps), maps)
+
+
+def test_discriminator_folds_synchronised_batch_norm() -> None:
+    torch.manual_seed(0)
+    plain = Discriminator(6, 3, 5)
+    plain(torch.randn(50, 6))
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(deepcopy(plain)).eval()
+    heads = [FusedHead([], each, [slice(None)]) for each in (plain.eval(), synchronised)]
+    maps = torch.randn(2, 6, 3, 4)
+    torch.testing.assert_close(heads[0](iter([maps])), heads[1](iter([maps])))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from anomalib_simplenet.components import FeatureExtractor, PretrainedWeightsError
-from anomalib_simplenet.extensions.whitening import LocalWhitening
+from anomalib_simplenet.extensions.patch_sampling import sample_patches
 from anomalib_simplenet.loss import TruncatedL1Loss
 from anomalib_simplenet.torch_model import SimpleNetModel
 
@@ -52,15 +52,14 @@ def rows(embedding: torch.Tensor) -> torch.Tensor:
 
 def whitened(model: SimpleNetModel, images: torch.Tensor) -> torch.Tensor:
     embedding = model.embed(images)
-    if isinstance(model.whitening, LocalWhitening):
-        return rows(model.whitening(embedding))
-    return model.whitening(rows(embedding)) if model.whitening else rows(embedding)
+    return rows(embedding if model.whitening is None else model.whitening(embedding))
 
 
 def plain_scores(model: SimpleNetModel, images: torch.Tensor) -> torch.Tensor:
     """Scores of patches without fusing anything, ``(N, h * w)``."""
     white = whitened(model, images)
-    adapter, discriminator = model.averaged or (model.adapter, model.discriminator)
+    averaged = model.averaged is not None and model.averaged.steps > 0
+    adapter, discriminator = model.averaged.module if averaged else (model.adapter, model.discriminator)
     distance = white.norm(dim=1) / white.shape[1] ** 0.5
     return (model.distance_weight * distance - discriminator(adapter(white))).reshape(len(images), -1)
 
@@ -110,10 +109,9 @@ def test_training_step_equals_the_plain_path(**arguments: object) -> None:
     model, images = make_whitened(**arguments).double(), torch.randn(2, 3, 32, 48, dtype=torch.float64)
     plain = deepcopy(model)
     torch.manual_seed(1)
-    real, fake = model(images)
+    real, fake = model.discriminate(model.extract(images))
     torch.manual_seed(1)
-    adapted = plain.adapter(whitened(plain, images))
-    expected = plain.discriminator(torch.cat([adapted, plain.anomaly_generator(adapted)]))
+    expected = torch.cat(plain(images))
     torch.testing.assert_close(torch.cat([real, fake]), expected, rtol=1e-9, atol=1e-9)
     (fake.square().mean() - real.mean()).backward()
     expected_real, expected_fake = expected.chunk(2)
@@ -142,7 +140,7 @@ def test_a_training_step_never_waits_for_the_device(patch_fraction: float) -> No
 def test_patch_fraction_trains_on_so_many_different_patches() -> None:
     model, images = make(TwoStages(), layers=("early", "late"), patch_fraction=0.3), torch.randn(3, 3, 32, 48)
     everything = rows(model.embed(images))
-    some = model._some_patches(model.extract(images))
+    some = sample_patches(model.embed(images), 0.3)
     found = (some[:, None] == everything).all(dim=2).nonzero()[:, 1]
     assert len(some) == len(set(found.tolist())) == round(0.3 * 3 * 8 * 12)
     real, fake = model(images)
@@ -160,7 +158,7 @@ def test_averages_are_those_of_the_last_steps() -> None:
         model.average()
         share = 4 / (step + 3)
         expected = seen[-1] if expected is None else (1 - share) * expected + share * seen[-1]
-    _, averaged = model.averaged
+    _, averaged = model.averaged.module
     torch.testing.assert_close(averaged.tail.weight, expected)
     assert torch.equal(tail, seen[-1])
 
@@ -170,12 +168,10 @@ def test_eval_mode_predicts_with_the_averaged_weights_once_there_are_any() -> No
     model.eval()
     before = model(images).pred_score
     torch.nn.init.normal_(model.discriminator.tail.weight)
-    model.fuse()
     after = model(images).pred_score
     assert not torch.allclose(after, before)
     model.average()
     torch.nn.init.zeros_(model.discriminator.tail.weight)
-    model.fuse()
     torch.testing.assert_close(model(images).pred_score, after)
 
 
@@ -190,9 +186,28 @@ def test_fused_head_follows_loading_and_training_and_is_no_part_of_the_state() -
     model.load_state_dict(trained.state_dict())
     assert torch.equal(model(images).pred_score, expected)
     assert not torch.allclose(before, expected)
-    assert model.train().fused_head is None
+    assert model.train()._fused_head is None
     train_a_little(model, images)
     assert not torch.allclose(model.eval()(images).pred_score, expected)
+
+
+@pytest.mark.parametrize("way", ["data", "submodule", "reset"])
+def test_fused_head_notices_weights_that_change_in_eval_mode(way: str) -> None:
+    model, images = make(TwoStages(), layers=("early",), averaging=way == "reset"), torch.randn(2, 3, 32, 48)
+    train_a_little(model, images)
+    model.average()
+    train_a_little(model, images)
+    before = model.eval()(images).pred_score
+    if way == "data":  # as Lightning's WeightAveraging swaps weights
+        for parameter in model.discriminator.parameters():
+            parameter.data.copy_(parameter.data + 0.1)
+    elif way == "submodule":
+        model.discriminator.load_state_dict({k: v + 0.1 for k, v in model.discriminator.state_dict().items()})
+    else:
+        model.reset_averages()
+    after = model(images).pred_score
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, plain_scores(model, images).amax(dim=1), rtol=1e-5, atol=1e-5)
 
 
 def test_image_score_is_the_unsmoothed_maximum() -> None:

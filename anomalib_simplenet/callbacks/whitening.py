@@ -1,0 +1,41 @@
+"""The pass over the training images that whitening takes before training."""
+
+import torch
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+
+from anomalib_simplenet.extensions.whitening import LocalWhitening
+
+from .feature_cache import iterate_features
+
+
+class WhiteningPass(Callback):
+    """Fit the model's whitening on all training images, unless training resumes from a checkpoint that holds it."""
+
+    def setup(self, trainer: Trainer, pl_module: AnomalibModule, stage: str) -> None:
+        """Refuse what copies the model before its matrices have a size.
+
+        Raises:
+            ValueError: If Lightning's ``WeightAveraging`` meets local whitening.
+        """
+        averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+        if stage == "fit" and averages and isinstance(pl_module.model.whitening, LocalWhitening):
+            msg = 'whiten is "local", which Lightning\'s WeightAveraging cannot average: set averaging to true instead.'
+            raise ValueError(msg)
+
+    def on_train_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+        """Average anew and fit the whitening."""
+        model = pl_module.model
+        resumes = trainer.ckpt_path is not None
+        if not resumes:
+            model.reset_averages()
+        if model.whitening is None or (model.whitening.fitted and resumes):
+            return
+        with torch.random.fork_rng(devices=[]):  # workers draw the first epoch's order before this pass, others after
+            torch.manual_seed(0)
+            batches = iterate_features(trainer, pl_module)
+            moments = model.whitening.moments(model.patch_aggregation(features) for features in batches)
+        if trainer.world_size > 1:
+            moments = trainer.strategy.reduce(moments.to(pl_module.device), reduce_op="sum").cpu()
+        model.whitening.fit(moments)

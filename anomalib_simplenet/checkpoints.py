@@ -1,0 +1,93 @@
+"""Checkpoints that load without network, folder or arguments: they hold weights and architecture."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from typing import Any
+
+import numpy as np
+from anomalib.post_processing import PostProcessor
+
+from .torch_model import SimpleNetModel
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+ARCHITECTURE = {name: parameter.default for name, parameter in signature(SimpleNetModel).parameters.items()}
+_NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise", "patch_fraction"}
+_INFERENCE = {"top_patches"}
+_DEFAULT_SENSITIVITY = 0.5
+
+
+def portable(hyper_parameters: Mapping[str, Any], model: SimpleNetModel) -> dict[str, Any]:
+    """Hyper-parameters that rebuild a model anywhere, of plain types.
+
+    Args:
+        hyper_parameters (Mapping[str, Any]): Arguments that the model was built with; a backbone that is a module is
+            not among them.
+        model (SimpleNetModel): The model.
+
+    Returns:
+        dict[str, Any]: All of the architecture, the backbone as timm's name; ``None`` for a module.
+    """
+    backbone = {"backbone": model.feature_extractor.architecture, "pre_trained": False}
+    arguments = {**ARCHITECTURE, **hyper_parameters, **backbone}
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()}
+
+
+def differing(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], model: SimpleNetModel) -> dict[str, Any]:
+    """What to build a model with so that a checkpoint fits, where that differs from what it was built with.
+
+    Args:
+        checkpoint (Mapping[str, Any]): As Lightning reads it.
+        hyper_parameters (Mapping[str, Any]): The model's own.
+        model (SimpleNetModel): The model.
+
+    Returns:
+        dict[str, Any]: Arguments of the architecture.
+
+    Raises:
+        ValueError: If it is no checkpoint of SimpleNet, or of a state before the first release.
+    """
+    if "model.discriminator.tail.weight" not in checkpoint["state_dict"]:
+        msg = "This is no checkpoint of SimpleNet: it has no discriminator. Pass the model it was trained with, --model."
+        raise ValueError(msg)
+    if checkpoint.get("simplenet_format") != FORMAT:
+        msg = (
+            f"The checkpoint has format {checkpoint.get('simplenet_format')}, expected {FORMAT}: it was made by another "
+            "version of anomalib-simplenet. Use that version, or train again."
+        )
+        raise ValueError(msg)
+    saved, own = checkpoint["hyper_parameters"], portable(hyper_parameters, model)
+    found = {}
+    for name in ARCHITECTURE.keys() - _NOT_IN_WEIGHTS:
+        requested = name in _INFERENCE and own[name] != ARCHITECTURE[name]
+        if _comparable(saved[name]) != _comparable(own[name]) and not requested:
+            found[name] = saved[name]
+    if found and None in {saved["backbone"], own["backbone"]}:
+        msg = f"The checkpoint was trained with {found}: build the model with these; it does not hold a module."
+        raise ValueError(msg)
+    return found
+
+
+def keep_sensitivities(processor: PostProcessor, requested: Mapping[str, float]) -> None:
+    """Put the requested sensitivities back that a checkpoint's replaced.
+
+    Args:
+        processor (PostProcessor): With the checkpoint's sensitivities.
+        requested (Mapping[str, float]): ``image_sensitivity`` and ``pixel_sensitivity``, each 0 to 1, as before. The
+            default of 0.5 cannot be told from unset, so the checkpoint's then stays, with a warning.
+    """
+    for name, value in requested.items():
+        saved = getattr(processor, name)
+        if value != _DEFAULT_SENSITIVITY:
+            setattr(processor, name, value)
+        elif saved != value:
+            logger.warning(
+                "Using %s=%s from the checkpoint. %s cannot be told from unset: for it, pass %s.",
+                *(name, saved, value, _DEFAULT_SENSITIVITY + 1e-3),
+            )
+
+
+def _comparable(value: Any) -> Any:  # noqa: ANN401
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
