@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 PAPER_EPOCHS = 160  # 40 meta-epochs of 4 passes
 _NEVER = sys.maxsize
 _DEFAULT_SENSITIVITY = 0.5
-_COMPONENTS = ("backbone", "pre_processor", "post_processor", "evaluator", "visualizer")  # check themselves
+_SELF_CHECKED = ("backbone", "backbone_args", "pre_processor", "post_processor", "evaluator", "visualizer")
 _NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise", "patch_fraction"}
 
 
@@ -75,6 +75,8 @@ class SimpleNet(AnomalibModule):
         layers (Sequence[str]): Layers of the backbone that make the embedding; the first gives the grid. Defaults to
             ``("layer2", "layer3")``.
         pre_trained (bool): Whether to load the backbone's ImageNet weights. Defaults to ``True``.
+        backbone_args (dict[str, Any] | None): More arguments for ``timm.create_model``, such as ``output_stride``.
+            Defaults to ``None``.
         patch_size (int): Side of the neighbourhood pooled into a patch, odd. Defaults to ``3``.
         pretrain_embed_dimension (int | None): What each layer's patches are pooled to; ``None`` for its own number of
             channels. Defaults to ``1536``.
@@ -137,6 +139,7 @@ class SimpleNet(AnomalibModule):
         backbone: str | nn.Module = "wide_resnet50_2.tv_in1k",
         layers: Sequence[str] = ("layer2", "layer3"),
         pre_trained: bool = True,
+        backbone_args: dict[str, Any] | None = None,
         patch_size: int = 3,
         pretrain_embed_dimension: int | None = 1536,
         target_embed_dimension: int | None = 1536,
@@ -163,7 +166,7 @@ class SimpleNet(AnomalibModule):
         visualizer: Visualizer | bool = True,
         report: bool = True,
     ) -> None:
-        check_types(SimpleNet.__init__, locals(), leave_out=_COMPONENTS)
+        check_types(SimpleNet.__init__, locals(), leave_out=_SELF_CHECKED)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         if post_processor is False and evaluator is True:  # there are no labels to judge
             for metric in self.evaluator.test_metrics:
@@ -195,6 +198,7 @@ class SimpleNet(AnomalibModule):
             backbone=backbone,
             layers=layers,
             pre_trained=pre_trained,
+            backbone_args=backbone_args,
             patch_size=patch_size,
             pretrain_embed_dimension=pretrain_embed_dimension,
             target_embed_dimension=target_embed_dimension,
@@ -433,10 +437,7 @@ class SimpleNet(AnomalibModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint load without network and on other machines: it holds the backbone's weights."""
         super().on_save_checkpoint(checkpoint)
-        backbone = self.hparams.get("backbone")  # not there if it cannot be pickled
-        if not isinstance(backbone, str) or backbone.startswith("local-dir:"):
-            backbone = self.model.feature_extractor.architecture
-        checkpoint["hyper_parameters"] |= {"backbone": backbone, "pre_trained": False}
+        checkpoint["hyper_parameters"] |= {**self.model.feature_extractor.config, "pre_trained": False}
         checkpoint["random_state"] = _random_state()
 
     def on_predict_batch_end(self, outputs: Batch, _batch: Batch, batch_idx: int, *_args, **_kwargs) -> None:
@@ -484,7 +485,8 @@ class SimpleNet(AnomalibModule):
                 "Pass the model it was trained with, --model NAME."
             )
             raise ValueError(msg)
-        own = {**self.hparams, "backbone": self.model.feature_extractor.architecture}
+        extractor = self.model.feature_extractor
+        own = {**self.hparams, **extractor.config}
         architecture = [name for name in signature(SimpleNetModel).parameters if name in saved.keys() - _NOT_IN_WEIGHTS]
         differing = {name: saved[name] for name in architecture if _plain(saved, name) != _plain(own, name)}
         if saved["backbone"] is None:  # a module, which the checkpoint does not hold
@@ -494,7 +496,7 @@ class SimpleNet(AnomalibModule):
             if "backbone" not in self.hparams:  # Lightning drops what cannot be pickled
                 msg = f"The checkpoint was trained with {differing}: build the model with these and its backbone."
                 raise ValueError(msg)
-            self.hparams.update(differing)
+            self.hparams.update({**(extractor.config if extractor.architecture else {}), **differing})
             arguments = {name: self.hparams[name] for name in signature(SimpleNetModel).parameters}
             self.model = SimpleNetModel(**{**arguments, "pre_trained": False})
 
@@ -583,6 +585,8 @@ class SimpleNet(AnomalibModule):
             return
         if min(size) < extractor.stride:
             problem = f"smaller than the {extractor.stride} pixels that the backbone's coarsest layer sums up"
+        elif extractor.image_size not in {None, tuple(size)}:
+            problem = f"but the backbone takes {extractor.image_size} only"
         elif any(side % extractor.patch_size for side in size):
             problem = f"no multiple of the backbone's patches of {extractor.patch_size} pixels"
         else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from anomalib.data import InferenceBatch
@@ -29,6 +29,7 @@ class SimpleNetModel(nn.Module):
         layers (Sequence[str]): Layers of the backbone; the first one gives the grid. Defaults to
             ``("layer2", "layer3")``.
         pre_trained (bool): Whether to load the backbone's ImageNet weights. Defaults to ``True``.
+        backbone_args (dict[str, Any] | None): See :class:`FeatureExtractor`. Defaults to ``None``.
         patch_size (int): Side of the neighbourhood pooled into a patch, odd. Defaults to ``3``.
         pretrain_embed_dimension (int | None): What each layer's patches are pooled to; ``None`` for its own number of
             channels. Defaults to ``1536``.
@@ -74,6 +75,7 @@ class SimpleNetModel(nn.Module):
         backbone: str | nn.Module = "wide_resnet50_2.tv_in1k",
         layers: Sequence[str] = ("layer2", "layer3"),
         pre_trained: bool = True,
+        backbone_args: dict[str, Any] | None = None,
         patch_size: int = 3,
         pretrain_embed_dimension: int | None = 1536,
         target_embed_dimension: int | None = 1536,
@@ -107,7 +109,7 @@ class SimpleNetModel(nn.Module):
             msg = f"patch_fraction is {patch_fraction}, expected a number above 0, up to 1 (all patches)."
             raise ValueError(msg)
         self.patch_fraction = patch_fraction
-        self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained)
+        self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained, backbone_args)
         channels = self.feature_extractor.channels
         dimension = sum(channels) if target_embed_dimension is None else target_embed_dimension
         self.patch_aggregation = PatchAggregation(channels, patch_size, pretrain_embed_dimension, dimension)

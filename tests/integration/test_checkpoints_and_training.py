@@ -348,7 +348,7 @@ def test_a_checkpoint_of_another_model_is_refused(pictures: Path) -> None:
 
 
 def test_training_without_the_backbones_weights_is_refused(pictures: Path) -> None:
-    with pytest.raises(PretrainedWeightsError, match="cannot be had"):
+    with pytest.raises(PretrainedWeightsError, match="could not be loaded"):
         fit(pictures, tiny_model(backbone="resnet18.tv_in1k", pre_trained=True), max_epochs=1)
 
 
