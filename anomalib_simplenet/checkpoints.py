@@ -28,10 +28,9 @@ def portable(hyper_parameters: Mapping[str, Any], model: SimpleNetModel) -> dict
         model (SimpleNetModel): The model.
 
     Returns:
-        dict[str, Any]: All of the architecture, the backbone as timm's name; ``None`` for a module.
+        dict[str, Any]: All of the architecture, the backbone as timm's name and arguments; ``None`` for a module.
     """
-    backbone = {"backbone": model.feature_extractor.architecture, "pre_trained": False}
-    arguments = {**ARCHITECTURE, **hyper_parameters, **backbone}
+    arguments = {**ARCHITECTURE, **hyper_parameters, **model.feature_extractor.config, "pre_trained": False}
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()}
 
 

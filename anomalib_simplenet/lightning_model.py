@@ -239,9 +239,8 @@ class SimpleNet(AnomalibModule):
             keep_sensitivities(self.post_processor, requested)
         if found := differing(checkpoint, self.hparams, self.model):
             logger.warning("Using %s from the checkpoint.", ", ".join(f"{k}={v!r}" for k, v in found.items()))
-            self.hparams.update(found)
-            arguments = {name: value for name, value in self.hparams.items() if name in ARCHITECTURE}
-            self.model = SimpleNetModel(**{**arguments, "pre_trained": False})
+            self.hparams.update(portable(self.hparams, self.model) | found)
+            self.model = SimpleNetModel(**{name: self.hparams[name] for name in ARCHITECTURE})
         with suppress(RuntimeError):  # load_from_checkpoint has no trainer
             datamodule = self.trainer.datamodule
             if isinstance(datamodule, AnomalibDataModule):  # set up before, with another pre-processor's image size
@@ -254,6 +253,8 @@ class SimpleNet(AnomalibModule):
             return
         if min(size) < extractor.stride:
             problem = f"at least {extractor.stride}, the stride of the coarsest layer"
+        elif extractor.image_size not in {None, tuple(size)}:
+            problem = f"{extractor.image_size}, the only size that the backbone takes"
         elif any(side % extractor.patch_size for side in size):
             problem = f"multiples of {extractor.patch_size}, the backbone's patch size"
         else:

@@ -15,11 +15,13 @@ So that the hook never meets a half-made part of the model, no module that ``lig
 ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches this off; ``--model anomalib_simplenet.SimpleNet`` still works then.
 """
 
+import logging
 import sys
-import warnings
 from importlib import import_module
 from types import ModuleType
 from typing import TypeVar
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T", bound=type)
 
@@ -52,7 +54,7 @@ def _import_model(_module: ModuleType) -> None:
 
 
 def _warn_unregistered(error: Exception) -> None:
-    warnings.warn(
-        f"anomalib-simplenet could not register its model with anomalib, so `--model SimpleNet` is unknown: {error!r}",
-        stacklevel=3,
+    # Logged, since warnings.warn raises where warnings are errors.
+    logger.warning(
+        "anomalib-simplenet could not register its model with anomalib, so `--model SimpleNet` is unknown: %r", error
     )

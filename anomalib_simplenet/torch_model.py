@@ -1,7 +1,7 @@
 """SimpleNet in plain PyTorch."""
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from anomalib.data import InferenceBatch
@@ -26,12 +26,14 @@ class SimpleNetModel(nn.Module):
     """SimpleNet: A Simple Network for Image Anomaly Detection and Localization (CVPR 2023, arXiv 2303.15140).
 
     Args:
-        backbone (str | nn.Module): Name of a CNN or a ``vit_*`` of timm, or ``local-dir:FOLDER`` for a folder with
+        backbone (str | nn.Module): Name of a CNN or transformer of timm, or ``local-dir:FOLDER`` for a folder with
             timm's ``config.json`` and weights. In Python also a module. Defaults to ``"wide_resnet50_2.tv_in1k"``, to
             whose weights the default noise belongs.
         layers (Sequence[str]): Layers of the backbone that make the embedding; the first gives the grid. Defaults to
             ``("layer2", "layer3")``.
-        pre_trained (bool): Whether to load the backbone's ImageNet weights. Defaults to ``True``.
+        pre_trained (bool): Whether to load the backbone's pre-trained weights. Defaults to ``True``.
+        backbone_args (dict[str, Any] | None): More arguments for ``timm.create_model``, such as ``output_stride``.
+            Defaults to ``None``.
         patch_size (int): Side of the neighbourhood pooled into a patch, odd. Defaults to ``3``.
         pretrain_embed_dimension (int | None): What each layer's patches are pooled to; ``None`` for its own number of
             channels. Defaults to ``1536``.
@@ -81,6 +83,7 @@ class SimpleNetModel(nn.Module):
         backbone: str | nn.Module = "wide_resnet50_2.tv_in1k",
         layers: Sequence[str] = ("layer2", "layer3"),
         pre_trained: bool = True,
+        backbone_args: dict[str, Any] | None = None,
         patch_size: int = 3,
         pretrain_embed_dimension: int | None = 1536,
         target_embed_dimension: int | None = 1536,
@@ -108,7 +111,7 @@ class SimpleNetModel(nn.Module):
         self.patch_fraction = patch_fraction
         self.distance_weight = distance_weight
         self.top_patches = top_patches
-        self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained)
+        self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained, backbone_args)
         channels = self.feature_extractor.channels
         dimension = sum(channels) if target_embed_dimension is None else target_embed_dimension
         self.patch_aggregation = PatchAggregation(channels, patch_size, pretrain_embed_dimension, dimension)

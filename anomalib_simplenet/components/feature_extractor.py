@@ -1,49 +1,74 @@
 """Frozen backbone."""
 
+import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models._features import FeatureGetterNet
+from huggingface_hub import hf_hub_download
+from timm.models import parse_model_name
 from torch import nn
 from torch.fx import GraphModule
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from anomalib_simplenet import compat
 
 logger = logging.getLogger(__name__)
 
 
 class PretrainedWeightsError(RuntimeError):
-    """Raised on use of a backbone whose pre-trained weights could not be had, and no checkpoint brought them."""
+    """Raised on use of a backbone whose pre-trained weights could not be loaded, and no checkpoint brought them."""
 
 
 class FeatureExtractor(nn.Module):
     """Feature maps of some layers of a frozen backbone, which is cut off after the last of them.
 
-    Stays in eval mode and without gradients whatever the model around it does, so its batch-norm statistics never move.
-    Where the pre-trained weights cannot be had, it is built all the same, with a warning, since a checkpoint may bring
-    them; using it without raises.
+    Gives what forward hooks on the layers would, as in the authors' code; a transformer's tokens as a map, without its
+    last norm. Stays in eval mode and without gradients whatever the model around it does. Where the pre-trained
+    weights could not be loaded, it is built all the same, with a warning, since a checkpoint may bring them; using it
+    without raises.
 
     Args:
-        backbone (str | nn.Module): Name of a CNN or a ``vit_*`` of timm, ``local-dir:FOLDER`` (a folder with timm's
-            ``config.json`` and weights), or any module that torchvision's ``create_feature_extractor`` can trace.
+        backbone (str | nn.Module): Name of a CNN or transformer of timm, ``local-dir:FOLDER`` (a folder with timm's
+            ``config.json`` and weights), ``hf-hub:REPOSITORY``, or any module that torchvision's
+            ``create_feature_extractor`` can trace.
         layers (Sequence[str]): Names of the layers, in any order.
-        pre_trained (bool): Whether to load the backbone's ImageNet weights; without meaning for a module.
+        pre_trained (bool): Whether to load the backbone's pre-trained weights; ignored for a module.
             Defaults to ``True``.
+        backbone_args (dict[str, Any] | None): More arguments for ``timm.create_model``, of JSON's types.
+            Defaults to ``None``.
 
     Attributes:
         architecture (str | None): timm's name of the architecture, without weights; ``None`` for a module.
+        config (dict[str, Any]): Values of ``backbone`` and ``backbone_args`` that build the same network without the
+            folder or the hub, of JSON's types; both ``None`` for a module.
         channels (list[int]): Channels of each layer.
-        stride (int): How many pixels of the image one position of the coarsest layer covers.
+        stride (int): Pixels of the image that one position of the coarsest layer covers.
         patch_size (int): What height and width of images must be a multiple of; ``1`` for CNNs.
+        image_size (tuple[int, int] | None): The only height and width that the backbone takes; ``None`` for any.
 
     Raises:
         ValueError: If the backbone is unknown, or ``layers`` is empty, repeats a layer or names an unknown one.
+
+    Example:
+        >>> extractor = FeatureExtractor("resnet18", ["layer1", "layer3"], pre_trained=False)
+        >>> {layer: tuple(maps.shape) for layer, maps in extractor(torch.zeros(2, 3, 64, 96)).items()}
+        {'layer1': (2, 64, 16, 24), 'layer3': (2, 256, 4, 6)}
     """
 
-    def __init__(self, backbone: str | nn.Module, layers: Sequence[str], pre_trained: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        layers: Sequence[str],
+        pre_trained: bool = True,
+        backbone_args: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if isinstance(layers, str) or not layers or not all(isinstance(layer, str) for layer in layers):
             msg = f"layers is {layers!r}, expected a list with the name of at least one layer, such as ['layer2']."
@@ -53,36 +78,37 @@ class FeatureExtractor(nn.Module):
             raise ValueError(msg)
         self.layers = list(layers)
         self.patch_size = 1
+        self.image_size: tuple[int, int] | None = None
         self.architecture: str | None = None
+        self.config: dict[str, Any] = {"backbone": None, "backbone_args": None}
         self.missing_weights: PretrainedWeightsError | None = None
         self.register_load_state_dict_post_hook(_weights_loaded)
-        if isinstance(backbone, nn.Module):
+        if isinstance(backbone, nn.Module) and backbone_args is None:
             self.net = self._trace(backbone)
         elif isinstance(backbone, str):
-            self.net = self._create(backbone, pre_trained)
+            self.net = self._create(backbone, pre_trained, _plain(backbone_args))
         else:
             msg = (
-                f"backbone is {backbone!r}, expected the name of a timm model or an nn.Module. (A checkpoint trained "
-                "with a module as backbone does not hold it: give it again, load_from_checkpoint(..., backbone=...).)"
+                f"backbone is {backbone!r}, expected the name of a timm model, or an nn.Module without backbone_args. "
+                "(A checkpoint trained with a module as backbone does not hold it: give it again, "
+                "load_from_checkpoint(..., backbone=...).)"
             )
-            raise ValueError(msg)  # noqa: TRY004  # one kind of error for all wrong arguments
+            raise ValueError(msg)
         self.requires_grad_(requires_grad=False)
         self.train(mode=False)
         # 224 is a multiple of every common ViT patch size and of every CNN stride.
-        probe = torch.zeros(1, 3, 224, 224)
+        probe = torch.zeros(1, 3, *(self.image_size or (224, 224)))
         try:  # convolutions are faster in this layout, but Tensor.view() may refuse it
             self._arrange(channels_last=True)
             maps = list(self._extract(probe).values())
         except RuntimeError:
             self._arrange(channels_last=False)
             maps = list(self._extract(probe).values())
-        if any(feature.ndim != 4 or feature.shape[-2] != feature.shape[-1] for feature in maps):
-            msg = (
-                f"backbone {backbone!r} does not give maps (N, C, h, w) at {', '.join(layers)}: take a CNN or a vit_*."
-            )
+        if any(feature.ndim != 4 for feature in maps):
+            msg = f"backbone {backbone!r} does not give maps (N, C, h, w) at {', '.join(layers)}: choose other layers."
             raise ValueError(msg)
         self.channels = [feature.shape[1] for feature in maps]
-        self.stride = max(round(224 / feature.shape[-1]) for feature in maps)
+        self.stride = max(round(probe.shape[-1] / feature.shape[-1]) for feature in maps)
 
     def train(self, mode: bool = True) -> "FeatureExtractor":  # noqa: ARG002
         """Stay in eval mode."""
@@ -95,10 +121,10 @@ class FeatureExtractor(nn.Module):
             images (torch.Tensor): Normalised images of shape ``(N, 3, H, W)``.
 
         Returns:
-            dict[str, torch.Tensor]: Map of each layer, in the order asked for, of shape ``(N, C, h, w)``.
+            dict[str, torch.Tensor]: Map of each layer, in the order of ``layers``, of shape ``(N, C, h, w)``.
 
         Raises:
-            PretrainedWeightsError: If the pre-trained weights could not be had.
+            PretrainedWeightsError: If the pre-trained weights could not be loaded.
         """
         if self.missing_weights is not None:
             raise self.missing_weights
@@ -106,7 +132,7 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.channels_last and not torch.compiler.is_compiling():
+        if self.channels_last and not torch.compiler.is_exporting():
             images = images.contiguous(memory_format=torch.channels_last)
         features = self.net(images)
         if not isinstance(features, dict):
@@ -129,59 +155,53 @@ class FeatureExtractor(nn.Module):
         # torchvision keeps two graphs, one to train, and forgets on deepcopy that it was in eval mode.
         return GraphModule(net, net.graph)
 
-    def _create(self, backbone: str, pre_trained: bool) -> nn.Module:
-        # On the meta device a model costs next to nothing. It tells the layers, and that the name is right.
-        with torch.device("meta"):
-            probe = _timm(backbone, features_only=True)
-        names = probe.feature_info.module_name()
-        is_transformer = isinstance(probe, FeatureGetterNet)
-        if is_transformer:
-            # timm lists the last blocks only.
-            stem, last = names[-1].rsplit(".", 1)
-            names = [f"{stem}.{block}" for block in range(int(last) + 1)]
-        self._check_layers(backbone, names)
-        self.architecture = (probe.model if is_transformer else probe).pretrained_cfg["architecture"]
-        # timm returns maps by depth, whatever the order of the indices.
-        self.by_depth = sorted(self.layers, key=names.index)
-        out_indices = [names.index(layer) for layer in self.by_depth]
-        build = self._create_transformer if is_transformer else self._create_cnn
-        if pre_trained:
-            try:
-                return build(backbone, out_indices, pre_trained=True)
-            except (OSError, RuntimeError) as error:
-                msg = (
-                    f"The pre-trained weights of backbone {backbone!r} cannot be had: {str(error).splitlines()[0]} "
-                    "Without a network, give a folder with config.json and model.safetensors as 'local-dir:FOLDER' "
-                    "(`python -m anomalib_simplenet.quickstart` makes one) or load a checkpoint, which holds the "
-                    "weights. HF_HUB_OFFLINE=1 in the environment saves the wait for the hub."
-                )
-                logger.warning(msg)
-                self.missing_weights = PretrainedWeightsError(msg)
-        return build(backbone, out_indices, pre_trained=False)
-
-    def _create_cnn(self, backbone: str, out_indices: list[int], pre_trained: bool) -> nn.Module:
-        net = _timm(backbone, pretrained=pre_trained, features_only=True, out_indices=out_indices)
-        if hasattr(net, "_stage_out_idx"):
-            # EfficientNet and MobileNet are the families that timm does not cut off.
-            net.blocks = net.blocks[: max(net._stage_out_idx)]  # noqa: SLF001
-        return net
-
-    def _create_transformer(self, backbone: str, out_indices: list[int], pre_trained: bool) -> nn.Module:
-        if "vit" not in backbone.lower():
-            msg = f"backbone {backbone!r} is a transformer that anomalib cannot turn into maps: take a CNN or a vit_*."
-            raise ValueError(msg)
-        # Here and not above: it imports anomalib's models, and with them (registry.py) the model that imports this.
-        from anomalib.models.components import TimmFeatureExtractor
-
-        net = TimmFeatureExtractor(backbone, self.by_depth, pre_trained)
-        net.feature_extractor.prune_intermediate_layers(out_indices, prune_head=True)
-        self.patch_size = net.patch_size
-        return net
+    def _create(self, backbone: str, pre_trained: bool, args: dict[str, Any]) -> nn.Module:
+        source, place = parse_model_name(backbone)
+        needs_hub = source == "hf-hub" or (source is None and pre_trained)
+        with compat.one_try_at_the_hub() if needs_hub else nullcontext() as unreachable:
+            # On the meta device a model costs next to nothing. It tells the layers, and that the name is right.
+            with torch.device("meta"):
+                probe = _timm(backbone, unreachable, **args)
+            names = [layer["module"] for layer in getattr(probe, "feature_info", [])]
+            self._check_layers(backbone, names)
+            self.architecture = probe.pretrained_cfg["architecture"]
+            self.config = {"backbone": backbone, "backbone_args": args or None}
+            if source:
+                # The rest of the folder's configuration that shapes the network; timm would take its own instead.
+                shaping = {"input_size", "fixed_input_size", "global_pool"}
+                cfg = {name: value for name, value in probe.pretrained_cfg.items() if name in shaping}
+                model_args = {**_model_args(source, place), **args, "pretrained_cfg": cfg}
+                self.config = {"backbone": self.architecture, "backbone_args": _plain(model_args)}
+            # timm returns maps by depth, whatever the order of the indices.
+            self.by_depth = sorted(self.layers, key=names.index)
+            args = {**args, "features_only": True, "feature_cls": "getter"}
+            args["out_indices"] = [names.index(layer) for layer in self.by_depth]
+            if "dynamic_img_size" in signature(type(probe).__init__).parameters:
+                compat.resample_position_embeddings_without_antialias()
+                args.setdefault("dynamic_img_size", True)
+                self.patch_size = probe.feature_info[0]["reduction"]
+            elif size := (self.config["backbone_args"] or {}).get("img_size") or _fixed_size(probe):
+                self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+            if pre_trained:
+                try:
+                    return _timm(backbone, unreachable, pretrained=True, **args)
+                except (OSError, RuntimeError) as error:
+                    reason = unreachable if unreachable and isinstance(error, OSError) else error
+                    msg = (
+                        f"The pre-trained weights of backbone {backbone!r} could not be loaded: "
+                        f"{_first_words(reason)} Without a network, give a folder with config.json and "
+                        "model.safetensors as 'local-dir:FOLDER' (`pip install 'anomalib-simplenet[quickstart]'` and "
+                        "`python -m anomalib_simplenet.quickstart --prepare-only` make one), or load a checkpoint, "
+                        "which holds the weights."
+                    )
+                    logger.warning(msg)
+                    self.missing_weights = PretrainedWeightsError(msg)
+            return _timm(backbone, unreachable, **args)
 
     def _check_layers(self, backbone: str, names: list[str]) -> None:
         if unknown := [layer for layer in self.layers if layer not in names]:
             known = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-            msg = f"layers: {', '.join(unknown)} not found in backbone {backbone!r}, which has {known}."
+            msg = f"layers: {', '.join(unknown)} not found in backbone {backbone!r}, which has {known or 'none'}."
             raise ValueError(msg)
 
 
@@ -190,17 +210,49 @@ def _weights_loaded(extractor: FeatureExtractor, incompatible_keys: Any) -> None
         extractor.missing_weights = None
 
 
-def _timm(backbone: str, **kwargs: Any) -> nn.Module:  # noqa: ANN401
-    """``timm.create_model``, with its refusals of a name as ``ValueError``."""
+def _plain(backbone_args: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments as JSON gives them back, with lists for tuples: checkpoints hold nothing else."""
+    try:
+        return json.loads(json.dumps(dict(backbone_args or {})))
+    except (TypeError, ValueError) as error:
+        msg = f"backbone_args is {backbone_args!r}, expected a dictionary of numbers, strings and lists: {error}."
+        raise ValueError(msg) from error
+
+
+def _fixed_size(model: nn.Module) -> Sequence[int] | None:
+    cfg = model.pretrained_cfg
+    return cfg["input_size"][-2:] if cfg.get("fixed_input_size") else None
+
+
+def _model_args(source: str, place: str) -> dict[str, Any]:
+    """What config.json in a folder or on the hub gives ``timm.create_model``."""
+    if source == "hf-hub":
+        repository, _, revision = place.partition("@")
+        path = Path(hf_hub_download(repository, "config.json", revision=revision or None))
+    else:
+        path = Path(place, "config.json")
+    return json.loads(path.read_text(encoding="utf-8")).get("model_args", {})
+
+
+def _first_words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or f"{type(error).__name__}."
+
+
+def _timm(backbone: str, unreachable: Exception | None, **kwargs: Any) -> nn.Module:  # noqa: ANN401
+    """``timm.create_model``, with its refusals of a name or of arguments as ``ValueError``."""
     scheme, _, folder = backbone.rpartition(":")
     try:
         return timm.create_model(backbone, **kwargs)
-    except FileNotFoundError as error:
-        if scheme != "local-dir":
+    except TypeError as error:
+        msg = f"backbone_args: timm cannot build {backbone!r} with them: {error}."
+        raise ValueError(msg) from error
+    except OSError as error:
+        if not scheme or "out_indices" in kwargs:  # then only the weights are missing
             raise
         msg = (
-            f"backbone {backbone!r}: {error}. The folder {folder!r} must hold timm's config.json and weights. "
-            "To load a checkpoint without that folder, name the architecture instead: the checkpoint holds the weights."
+            f"backbone {backbone!r}: {_first_words(unreachable or error)} "
+            + (f"The folder {folder!r} must hold timm's config.json and weights. " if scheme == "local-dir" else "")
+            + "To load a checkpoint without them, name the architecture instead: the checkpoint holds the weights."
         )
         raise ValueError(msg) from error
     except RuntimeError as error:

@@ -148,15 +148,15 @@ def test_without_autoload_torch_leaves_the_package_alone(process: Process) -> No
     process.python(code, **NO_AUTOLOAD)
 
 
-def test_without_wrapt_torch_imports_with_one_warning(process: Process) -> None:
+def test_torch_without_wrapt_imports_with_one_warning(process: Process) -> None:
     code = "import sys; sys.modules['wrapt'] = None; import torch; torch.zeros(1)"
-    result = process.python(code, PYTHONWARNINGS="always")
+    for warnings in ("always", "error"):
+        result = process.python(code, PYTHONWARNINGS=warnings)
+        assert result.stderr.count(WARNING) == 1
 
-    assert result.stderr.count(WARNING) == 1
 
-
-def test_a_broken_model_leaves_anomalib_usable_with_one_warning(process: Process) -> None:
-    result = process.python("""
+def test_anomalib_with_a_broken_model_stays_usable_with_one_warning(process: Process) -> None:
+    code = """
 import sys
 
 sys.modules["anomalib_simplenet.torch_model"] = None
@@ -165,5 +165,7 @@ from anomalib.models import Padim, list_models
 
 assert "padim" in list_models()
 assert "simple_net" not in list_models()
-""")
-    assert result.stderr.count(WARNING) == 1
+"""
+    for warnings in ("default", "error::UserWarning"):
+        result = process.python(code, PYTHONWARNINGS=warnings)
+        assert result.stderr.count(WARNING) == 1

@@ -1,4 +1,4 @@
-"""SimpleNetModel and its backbone."""
+"""SimpleNetModel."""
 
 from copy import deepcopy
 
@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from anomalib_simplenet.components import FeatureExtractor, PretrainedWeightsError
 from anomalib_simplenet.extensions.patch_sampling import sample_patches
 from anomalib_simplenet.loss import TruncatedL1Loss
 from anomalib_simplenet.torch_model import SimpleNetModel
@@ -225,44 +224,6 @@ def test_scores_of_an_image_do_not_depend_on_its_batch() -> None:
     torch.testing.assert_close(model(images).pred_score, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "layers", "grid"),
-    [
-        ("resnet18", ("layer1", "layer2", "layer3"), (56, 28)),
-        ("resnet18", ("layer3", "layer1"), (14, 7)),
-        ("mobilenetv3_small_050", ("blocks.1", "blocks.3"), (28, 14)),
-        ("tf_efficientnet_lite0", ("blocks.2", "blocks.4"), (28, 14)),
-        ("convnext_atto", ("stages.1", "stages.2"), (28, 14)),
-        ("mobilevit_xxs", ("stages.1", "stages.2"), (56, 28)),
-        ("vit_tiny_patch16_224", ("blocks.2", "blocks.5"), (14, 7)),
-        ("vit_small_patch14_reg4_dinov2", ("blocks.3",), (16, 8)),
-        (TwoStages(), ("early", "late"), (56, 28)),
-    ],
-    ids=str,
-)
-def test_backbones_of_every_kind(backbone: str | nn.Module, layers: tuple[str, ...], grid: tuple[int, int]) -> None:
-    model = make(backbone, layers=layers, target_embed_dimension=None)
-    assert model.patch_aggregation.dimension == sum(model.feature_extractor.channels)
-    images = torch.randn(1, 3, 224, 112)  # not square
-    assert model.embed(images).shape == (1, model.patch_aggregation.dimension, *grid)
-    real, fake = model(images)
-    assert real.shape == fake.shape == (grid[0] * grid[1],)
-    assert model.eval()(images).anomaly_map.shape == (1, 1, 224, 112)
-
-
-def test_a_backbone_that_needs_the_default_memory_layout_gets_it() -> None:
-    class Flattened(TwoStages):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            early = self.early(images)
-            return self.late(early.view(early.shape[0], -1).view(early.shape))
-
-    images = torch.randn(2, 3, 64, 64)
-    model, usual = make(Flattened(), layers=("late",)).eval(), make(TwoStages(), layers=("late",)).eval()
-    usual.load_state_dict(model.state_dict())
-    torch.testing.assert_close(model(images).pred_score, usual(images).pred_score, rtol=1e-5, atol=1e-6)
-    assert usual.extract(images)[0].is_contiguous(memory_format=torch.channels_last)
-
-
 def test_torchscript_traces_predictions() -> None:
     class Scores(nn.Module):
         def __init__(self) -> None:
@@ -279,40 +240,6 @@ def test_torchscript_traces_predictions() -> None:
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_layers_keep_their_names_whatever_their_order() -> None:
-    torch.manual_seed(0)
-    forward = FeatureExtractor("resnet18", ["layer1", "layer2"], pre_trained=False)
-    backward = FeatureExtractor("resnet18", ["layer2", "layer1"], pre_trained=False)
-    backward.load_state_dict(forward.state_dict())
-    images = torch.randn(1, 3, 64, 64)
-    assert list(backward(images)) == ["layer2", "layer1"]
-    for layer, feature in forward(images).items():
-        assert torch.equal(feature, backward(images)[layer])
-
-
-@pytest.mark.parametrize(
-    ("backbone", "layers", "first_unused"),
-    [
-        ("resnet18", ["layer2"], "layer3"),
-        ("tf_efficientnet_lite0", ["blocks.4"], "blocks.5"),
-        ("vit_tiny_patch16_224", ["blocks.3"], "blocks.4"),
-    ],
-)
-def test_backbone_ends_after_the_last_layer(backbone: str, layers: list[str], first_unused: str) -> None:
-    names = [name for name, _ in FeatureExtractor(backbone, layers, pre_trained=False).named_modules()]
-    assert any(layers[0] in name for name in names)
-    assert not any(first_unused in name for name in names)
-
-
-def test_backbone_is_frozen_and_its_batch_norm_never_moves() -> None:
-    model, images = make(), torch.randn(2, 3, 64, 64)
-    before = {key: value.clone() for key, value in model.feature_extractor.state_dict().items()}
-    train_a_little(model, images)
-    assert not any(module.training for module in model.feature_extractor.modules())
-    assert not any(parameter.requires_grad for parameter in model.feature_extractor.parameters())
-    assert all(torch.equal(value, before[key]) for key, value in model.feature_extractor.state_dict().items())
-
-
 def test_half_precision_and_autocast_predict_in_float32() -> None:
     model, images = make().eval(), torch.randn(2, 3, 64, 64)
     expected = model(images)
@@ -326,34 +253,3 @@ def test_half_precision_and_autocast_predict_in_float32() -> None:
         ):
             assert value.dtype is torch.float32
             assert (value - reference).abs().max() < 0.05 * reference.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"backbone": "resnet19"}, "'resnet19' is no model of timm.*resnet18"),
-        ({"backbone": "resnet18.nope"}, "'resnet18.nope' is no model of timm.*Invalid pretrained tag"),
-        ({"backbone": "local-dir:/nowhere"}, "'/nowhere' must hold timm's config.json"),
-        ({"backbone": None}, "backbone is None, expected the name of a timm model"),
-        ({"backbone": "deit_tiny_patch16_224", "layers": ["blocks.2"]}, "take a CNN or a vit_"),
-        ({"backbone": "swin_tiny_patch4_window7_224", "layers": ["layers.1"]}, "does not give maps .* at layers.1"),
-        ({"layers": ["layer2", "layer9"]}, "layer9 not found in backbone 'resnet18', which has act1, layer1, layer2"),
-        ({"backbone": TwoStages(), "layers": ["middle"]}, "middle not found in backbone 'TwoStages', which has early"),
-        ({"layers": []}, "layers is .*at least one layer"),
-        ({"layers": "layer2"}, "layers is 'layer2', expected a list"),
-        ({"layers": ["layer2", "layer2"]}, "each layer may be named once"),
-    ],
-)
-def test_wrong_backbones_and_layers_are_named_with_what_there_is(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SimpleNetModel(**{"backbone": "resnet18", "pre_trained": False, **SMALL, **arguments})
-
-
-def test_a_backbone_without_its_weights_is_usable_only_once_a_checkpoint_brought_them() -> None:
-    model = SimpleNetModel("resnet18.tv_in1k", pre_trained=True, **SMALL).eval()
-    with pytest.raises(
-        PretrainedWeightsError, match=r"weights of backbone 'resnet18.tv_in1k' cannot be had.*local-dir"
-    ):
-        model(torch.zeros(1, 3, 64, 64))
-    model.load_state_dict(make().state_dict())
-    assert model(torch.zeros(1, 3, 64, 64)).pred_score.shape == (1,)
