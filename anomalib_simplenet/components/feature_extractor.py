@@ -1,23 +1,20 @@
 """Frozen backbone."""
 
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from difflib import get_close_matches
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from huggingface_hub import hf_hub_download
 from timm.models import parse_model_name
 from torch import nn
 from torch.fx import GraphModule
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from anomalib_simplenet import compat
+
+from . import timm_models
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +83,7 @@ class FeatureExtractor(nn.Module):
         if isinstance(backbone, nn.Module) and backbone_args is None:
             self.net = self._trace(backbone)
         elif isinstance(backbone, str):
-            self.net = self._create(backbone, pre_trained, _plain(backbone_args))
+            self.net = self._create(backbone, pre_trained, timm_models.plain_args(backbone_args))
         else:
             msg = (
                 f"backbone is {backbone!r}, expected the name of a timm model, or an nn.Module without backbone_args. "
@@ -161,7 +158,7 @@ class FeatureExtractor(nn.Module):
         with compat.one_try_at_the_hub() if needs_hub else nullcontext() as unreachable:
             # On the meta device a model costs next to nothing. It tells the layers, and that the name is right.
             with torch.device("meta"):
-                probe = _timm(backbone, unreachable, **args)
+                probe = timm_models.create(backbone, unreachable, **args)
             names = [layer["module"] for layer in getattr(probe, "feature_info", [])]
             self._check_layers(backbone, names)
             self.architecture = probe.pretrained_cfg["architecture"]
@@ -170,8 +167,8 @@ class FeatureExtractor(nn.Module):
                 # The rest of the folder's configuration that shapes the network; timm would take its own instead.
                 shaping = {"input_size", "fixed_input_size", "global_pool"}
                 cfg = {name: value for name, value in probe.pretrained_cfg.items() if name in shaping}
-                model_args = {**_model_args(source, place), **args, "pretrained_cfg": cfg}
-                self.config = {"backbone": self.architecture, "backbone_args": _plain(model_args)}
+                model_args = {**timm_models.saved_args(source, place), **args, "pretrained_cfg": cfg}
+                self.config = {"backbone": self.architecture, "backbone_args": timm_models.plain_args(model_args)}
             # timm returns maps by depth, whatever the order of the indices.
             self.by_depth = sorted(self.layers, key=names.index)
             args = {**args, "features_only": True, "feature_cls": "getter"}
@@ -184,19 +181,19 @@ class FeatureExtractor(nn.Module):
                 self.image_size = (size, size) if isinstance(size, int) else tuple(size)
             if pre_trained:
                 try:
-                    return _timm(backbone, unreachable, pretrained=True, **args)
+                    return timm_models.create(backbone, unreachable, pretrained=True, **args)
                 except (OSError, RuntimeError) as error:
                     reason = unreachable if unreachable and isinstance(error, OSError) else error
                     msg = (
                         f"The pre-trained weights of backbone {backbone!r} could not be loaded: "
-                        f"{_first_words(reason)} Without a network, give a folder with config.json and "
+                        f"{timm_models.first_words(reason)} Without a network, give a folder with config.json and "
                         "model.safetensors as 'local-dir:FOLDER' (`pip install 'anomalib-simplenet[quickstart]'` and "
                         "`python -m anomalib_simplenet.quickstart --prepare-only` make one), or load a checkpoint, "
                         "which holds the weights."
                     )
                     logger.warning(msg)
                     self.missing_weights = PretrainedWeightsError(msg)
-            return _timm(backbone, unreachable, **args)
+            return timm_models.create(backbone, unreachable, **args)
 
     def _check_layers(self, backbone: str, names: list[str]) -> None:
         if unknown := [layer for layer in self.layers if layer not in names]:
@@ -210,55 +207,6 @@ def _weights_loaded(extractor: FeatureExtractor, incompatible_keys: Any) -> None
         extractor.missing_weights = None
 
 
-def _plain(backbone_args: dict[str, Any] | None) -> dict[str, Any]:
-    """Arguments as JSON gives them back, with lists for tuples: checkpoints hold nothing else."""
-    try:
-        return json.loads(json.dumps(dict(backbone_args or {})))
-    except (TypeError, ValueError) as error:
-        msg = f"backbone_args is {backbone_args!r}, expected a dictionary of numbers, strings and lists: {error}."
-        raise ValueError(msg) from error
-
-
 def _fixed_size(model: nn.Module) -> Sequence[int] | None:
     cfg = model.pretrained_cfg
     return cfg["input_size"][-2:] if cfg.get("fixed_input_size") else None
-
-
-def _model_args(source: str, place: str) -> dict[str, Any]:
-    """What config.json in a folder or on the hub gives ``timm.create_model``."""
-    if source == "hf-hub":
-        repository, _, revision = place.partition("@")
-        path = Path(hf_hub_download(repository, "config.json", revision=revision or None))
-    else:
-        path = Path(place, "config.json")
-    return json.loads(path.read_text(encoding="utf-8")).get("model_args", {})
-
-
-def _first_words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or f"{type(error).__name__}."
-
-
-def _timm(backbone: str, unreachable: Exception | None, **kwargs: Any) -> nn.Module:  # noqa: ANN401
-    """``timm.create_model``, with its refusals of a name or of arguments as ``ValueError``."""
-    scheme, _, folder = backbone.rpartition(":")
-    try:
-        return timm.create_model(backbone, **kwargs)
-    except TypeError as error:
-        msg = f"backbone_args: timm cannot build {backbone!r} with them: {error}."
-        raise ValueError(msg) from error
-    except OSError as error:
-        if not scheme or "out_indices" in kwargs:  # then only the weights are missing
-            raise
-        msg = (
-            f"backbone {backbone!r}: {_first_words(unreachable or error)} "
-            + (f"The folder {folder!r} must hold timm's config.json and weights. " if scheme == "local-dir" else "")
-            + "To load a checkpoint without them, name the architecture instead: the checkpoint holds the weights."
-        )
-        raise ValueError(msg) from error
-    except RuntimeError as error:
-        if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
-            raise
-        known = timm.list_models() + timm.list_pretrained()
-        near = ", ".join(get_close_matches(backbone, known, n=5)) or "see timm.list_models()"
-        msg = f"backbone {backbone!r} is no model of timm: {error}. Names like it: {near}."
-        raise ValueError(msg) from error

@@ -1,6 +1,7 @@
 """FeatureExtractor: maps of any backbone, and what rebuilds it elsewhere."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import nn
 
+from anomalib_simplenet import SimpleNet
 from anomalib_simplenet.components import FeatureExtractor, PretrainedWeightsError
 from anomalib_simplenet.torch_model import SimpleNetModel
 
@@ -276,3 +278,25 @@ def test_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - start < 10  # huggingface_hub alone retries for 46 s
     assert "http://127.0.0.1:9 is not reachable" in str(extractor.missing_weights)
     assert not constants.HF_HUB_OFFLINE
+
+
+def test_checkpoint_rebuilds_a_folders_backbone_without_the_folder(
+    weights_folder: Any,  # noqa: ANN401
+    tmp_path: Path,
+) -> None:
+    folder = weights_folder("resnet18", {"output_stride": 16}, {})
+    sizes = {"pretrain_embed_dimension": 24, "target_embed_dimension": 32, "discriminator_hidden": 16}
+    model = SimpleNet(folder, ["layer4"], **sizes).eval()
+    checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    checkpoint["pytorch-lightning_version"] = "2.6.0"
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "model.ckpt")
+    shutil.rmtree(folder.removeprefix("local-dir:"))
+    images = torch.rand(1, 3, 64, 96)
+    loaded = SimpleNet.load_from_checkpoint(tmp_path / "model.ckpt").eval()  # with weights_only=True
+    assert torch.equal(loaded(images).pred_score, model(images).pred_score)
+    other = SimpleNet("resnet18", ["layer4"], pre_trained=False, **sizes)  # `anomalib test --model SimpleNet ...`
+    read = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    other.on_load_checkpoint(read)
+    other.load_state_dict(read["state_dict"])
+    assert torch.equal(other.eval()(images).pred_score, model(images).pred_score)

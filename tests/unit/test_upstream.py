@@ -27,6 +27,15 @@ INTERNALS = [
     ("anomalib.data", "PredictDataset", "trainer.py takes image_filenames from it"),
     ("lightning.pytorch.trainer.connectors.data_connector", "_DataLoaderSource.dataloader", "trainer.py wraps it"),
     ("lightning.pytorch.overrides.distributed", "UnrepeatedDistributedSampler", "tests by several processes"),
+    (
+        "anomalib.models.components.feature_extractors.timm",
+        "_disable_pos_embed_antialiasing",
+        "compat.py has ViTs resize position embeddings as exports do",
+    ),
+    ("huggingface_hub.constants", "HF_HUB_OFFLINE", "compat.py takes the cache alone where the hub is unreachable"),
+    ("huggingface_hub.constants", "ENDPOINT", "compat.py asks the hub once whether it is reachable"),
+    ("huggingface_hub.constants", "HF_HUB_ETAG_TIMEOUT", "compat.py waits for the hub's answer as long"),
+    ("huggingface_hub.utils", "get_session", "compat.py asks the hub once whether it is reachable"),
     ("torch.distributed.nn.functional", "all_reduce", "batch norm over several processes"),
 ]
 ATTRIBUTES = [
