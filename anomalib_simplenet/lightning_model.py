@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from .arguments import check_types
 from .callbacks.feature_cache import DTYPES, CachedBatch, FeatureCache, make_feature_cache
+from .callbacks.predictions import Predictions
 from .callbacks.report import Report
 from .callbacks.trainer_setup import check_checkpoints, mend_loaders, share_results_folder
 from .export.openvino import (
@@ -48,7 +49,7 @@ from .export.openvino import (
 from .loss import TruncatedL1Loss
 from .registry import register
 from .torch_model import SimpleNetModel
-from .visualizer import OblongImageVisualizer
+from .visualizer import NonSquareImageVisualizer
 
 logger = logging.getLogger(__name__)
 
@@ -592,7 +593,7 @@ class SimpleNet(AnomalibModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Name anomalib's components and, last, the report on what they made of the scores."""
-        return [*super().configure_callbacks(), *([Report()] if self.report else [])]
+        return [*super().configure_callbacks(), *([Predictions(), Report()] if self.report else [])]
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -649,7 +650,7 @@ class SimpleNet(AnomalibModule):
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
         """Make the default visualizer: image, ground truth, predicted mask, heat map and outline over the image."""
-        return OblongImageVisualizer(
+        return NonSquareImageVisualizer(
             fields=["image", "gt_mask", "pred_mask"],
             overlay_fields=[("image", ["anomaly_map"]), ("image", ["pred_mask"])],
         )
