@@ -67,8 +67,8 @@ def curves(
     Returns:
         list[go.Figure]: The two charts.
     """
-    false_alarms, recall = above / above[:, :1]
-    precision = above[1] / above.sum(0)  # NaN where nothing lies above
+    false_alarms, recall = above.double() / above[:, :1]
+    precision = above[1].double() / above.sum(0)  # NaN where nothing lies above
     return [
         _curve(f"ROC, {kind}", ("false alarms", false_alarms), ("recall", recall), thresholds, present),
         _curve(f"Precision and recall, {kind}", ("recall", recall), ("precision", precision), thresholds, present),

@@ -1,7 +1,6 @@
 """predictions.csv: rows, names, and tables of several processes. Run as a module, this is one of the processes."""
 
 import csv
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from anomalib.data import PredictDataset
+from anomalib.data import Folder, PredictDataset
 from anomalib.engine import Engine
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
@@ -80,62 +79,68 @@ def test_predictions_of_runs_in_one_folder_at_a_time_are_kept_apart(tmp_path: Pa
         assert [row["image_path"] for row in rows] == [f"{name}0", f"{name}1"]
 
 
-def in_two_processes(folder: Path, command: str, checkpoint: Path, *paths: Path) -> subprocess.CompletedProcess:
-    arguments = [json.dumps(value) for value in (command, str(folder), str(checkpoint), [str(path) for path in paths])]
-    program = [sys.executable, "-m", "tests.integration.test_predictions", *arguments]
-    return subprocess.run(program, cwd=ROOT, timeout=300, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Two processes that predict with two data loaders, test without masks, and then predict one image."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    for place, (part, number) in enumerate(
+        {"train/good": 5, "test/good": 2, "test/bad": 3, "five": 5, "two": 2, "one": 1}.items()
+    ):
+        write_images(folder / part, number, seed=place)
+    trained = engine(folder / "trained", max_epochs=1)
+    trained.fit(tiny_model(visualizer=False, report=False), datamodule=data(folder, val_split_mode="same_as_test"))
+    checkpoint = trained.trainer.checkpoint_callback.best_model_path
+    program = [sys.executable, "-m", "tests.integration.test_predictions", str(folder), checkpoint]
+    process = subprocess.run(program, cwd=ROOT, timeout=300, capture_output=True, text=True, check=False)
+    return SimpleNamespace(folder=folder, checkpoint=checkpoint, process=process)
 
 
-def test_predictions_of_two_processes_and_loaders_equal_those_of_one(pictures: Path, checkpoint: Path) -> None:
-    paths = [pictures / "five", pictures / "two"]
-    write_images(paths[0], 5)
-    write_images(paths[1], 2)
-    process = in_two_processes(pictures.parent / "together", "predict", checkpoint, *paths)
-    assert process.returncode == 0, process.stderr[-3000:]
-    alone = engine(pictures.parent / "alone")
-    alone.predict(tiny_model(visualizer=False), dataloaders=loaders(paths), ckpt_path=checkpoint)
-    (one,), (two,) = (list((pictures.parent / name).rglob("predictions*")) for name in ("alone", "together"))
-    expected = [str(path) for folder in paths for path in sorted(folder.iterdir())]
+def test_predictions_of_two_processes_and_loaders_equal_those_of_one(two_processes: SimpleNamespace) -> None:
+    folder = two_processes.folder
+    alone = engine(folder / "alone")
+    alone.predict(tiny_model(visualizer=False), dataloaders=loaders(folder), ckpt_path=two_processes.checkpoint)
+    (one,), (two,) = (list((folder / name).rglob("predictions*")) for name in ("alone", "predict"))
+    expected = [str(path) for part in ("five", "two") for path in sorted((folder / part).iterdir())]
     assert [row["image_path"] for row in read(one)] == [row["image_path"] for row in read(two)] == expected
     for row, other in zip(read(one), read(two), strict=True):
         assert float(row.pop("pred_score")) == pytest.approx(float(other.pop("pred_score")), abs=1e-5)
         assert row == other
 
 
-def test_predictions_of_fewer_images_than_processes_are_refused_by_name(pictures: Path, checkpoint: Path) -> None:
-    write_images(pictures / "one", 1)
-    process = in_two_processes(pictures.parent / "together", "predict", checkpoint, pictures / "one")
-    assert process.returncode != 0
-    assert "fewer images than the 2 processes: predict with one device" in process.stderr
-
-
-def test_test_of_two_processes_leaves_one_table_and_report(pictures: Path, checkpoint: Path) -> None:
-    """Also without masks, and of an odd number of images, of which Lightning repeats one."""
-    (pictures / "test" / "good" / "003.png").unlink()
-    process = in_two_processes(pictures.parent / "together", "test", checkpoint, pictures)
-    assert process.returncode == 0, process.stderr[-3000:]
-    (table,) = (pictures.parent / "together").rglob("predictions*")
+def test_predictions_of_a_test_by_two_processes_have_each_image_once(two_processes: SimpleNamespace) -> None:
+    """Of five images, of which Lightning repeats one; there are no masks, and there is a report."""
+    (table,) = (two_processes.folder / "test_results").rglob("predictions*")
     assert (table.parent / "report.html").is_file()
-    data = folder_data(pictures, masks=False, val_split_mode="none")
-    data.setup()
-    assert [row["image_path"] for row in read(table)] == list(data.test_data.samples.image_path)
+    tested = data(two_processes.folder, val_split_mode="none")
+    tested.setup()
+    assert [row["image_path"] for row in read(table)] == list(tested.test_data.samples.image_path)
+    assert "recommended to use `Trainer(devices=1" in two_processes.process.stderr
 
 
-def loaders(paths: list[Path]) -> list[DataLoader]:
-    datasets = [PredictDataset(path, image_size=(64, 64)) for path in paths]
+def test_predictions_of_fewer_images_than_processes_are_refused_by_name(two_processes: SimpleNamespace) -> None:
+    assert two_processes.process.returncode != 0
+    assert "fewer images than the 2 processes: predict with one device" in two_processes.process.stderr
+
+
+def data(folder: Path, **arguments: object) -> Folder:
+    return folder_data(folder, masks=False, **arguments)
+
+
+def loaders(folder: Path, *parts: str) -> list[DataLoader]:
+    datasets = [PredictDataset(folder / part, image_size=(64, 64)) for part in parts or ("five", "two")]
     return [DataLoader(dataset, batch_size=2, collate_fn=dataset.collate_fn) for dataset in datasets]
 
 
 def main() -> None:
-    command, folder, checkpoint, paths = (json.loads(argument) for argument in sys.argv[1:])
+    folder, checkpoint = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     model = tiny_model(visualizer=False)
-    pair = engine(Path(folder), strategy="ddp", devices=2)
-    if command == "test":
-        data = folder_data(Path(paths[0]), masks=False, val_split_mode="none")
-        pair.test(model, datamodule=data, ckpt_path=checkpoint)
-    else:
-        pair.predict(model, dataloaders=loaders([Path(path) for path in paths]), ckpt_path=checkpoint)
+    two = {"strategy": "ddp", "devices": 2}
+    engine(folder / "predict", **two).predict(model, dataloaders=loaders(folder), ckpt_path=checkpoint)
+    engine(folder / "test_results", **two).test(
+        model, datamodule=data(folder, val_split_mode="none"), ckpt_path=checkpoint
+    )
+    engine(folder / "refused", **two).predict(model, dataloaders=loaders(folder, "one"), ckpt_path=checkpoint)
 
 
 if __name__ == "__main__":
