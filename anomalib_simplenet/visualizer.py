@@ -11,12 +11,14 @@ from PIL import Image
 if TYPE_CHECKING:
     from anomalib.data import ImageBatch, ImageItem
 
-SIDE = 256  # anomalib's
-LONGEST = 4 * SIDE
+LONGEST_SIDE = 1024  # four times anomalib's
 
 
-class OblongImageVisualizer(ImageVisualizer):
-    """anomalib's pictures, but of images more than twice as long as wide in their own shape instead of squares."""
+class NonSquareImageVisualizer(ImageVisualizer):
+    """anomalib's visualizer, but images more than twice as long as wide, or as wide as long, keep their aspect ratio.
+
+    The other images fill squares, as anomalib draws them.
+    """
 
     field_size: tuple[int, int]
     output_dir: str | Path | None
@@ -25,12 +27,13 @@ class OblongImageVisualizer(ImageVisualizer):
         """Save the pictures of a batch, by default in the results folder of this run."""
         square, folder = self.field_size, self.output_dir
         for item in batch:
-            self.field_size = _size(item, square)
+            self.field_size = _field_size(item, square)
             super().on_test_batch_end(trainer, pl_module, outputs, [item], *args, **kwargs)
-        self.field_size, self.output_dir = square, folder
+        self.field_size, self.output_dir = square, folder  # anomalib would write the next run's pictures there too
 
 
-def _size(item: ImageItem, square: tuple[int, int]) -> tuple[int, int]:
+def _field_size(item: ImageItem, square: tuple[int, int]) -> tuple[int, int]:
+    """Size of an image in the picture; Pillow opens the file only as far as its header."""
     if not item.image_path or not Path(item.image_path).is_file():
         return square
     with Image.open(item.image_path) as image:
@@ -38,4 +41,6 @@ def _size(item: ImageItem, square: tuple[int, int]) -> tuple[int, int]:
     if 0.5 <= ratio <= 2:
         return square
     width, height = square
-    return (min(round(height * ratio), LONGEST), height) if ratio > 1 else (width, min(round(width / ratio), LONGEST))
+    if ratio > 1:
+        return min(round(height * ratio), LONGEST_SIDE), height
+    return width, min(round(width / ratio), LONGEST_SIDE)

@@ -1,11 +1,13 @@
-"""predictions.csv and report.html."""
+"""report.html, and the rows of predictions.csv that it is made of."""
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ def lines(table: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_test_leaves_a_table_and_a_page_that_agree(tested: Path) -> None:
+def test_report_agrees_with_the_predictions(tested: Path) -> None:
     rows = lines(tested / "predictions.csv")
     assert sorted(Path(row["image_path"]).name for row in rows if row["gt_label"] == "1") == [
         "001.png",
@@ -57,7 +59,7 @@ def test_a_test_leaves_a_table_and_a_page_that_agree(tested: Path) -> None:
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-def test_thresholds_at_the_curves_give_what_the_curves_say(pictures: Path, normalised: bool) -> None:
+def test_report_thresholds_give_what_curves_and_table_say(pictures: Path, normalised: bool) -> None:
     write_images(pictures / "more", 20, seed=7)
     for path in (pictures / "more").iterdir():
         path.rename(pictures / "test" / "good" / f"more_{path.name}")
@@ -71,14 +73,24 @@ def test_thresholds_at_the_curves_give_what_the_curves_say(pictures: Path, norma
     scores = {label: [float(row["pred_score"]) for row in rows if row["gt_label"] == label] for label in "01"}
     assert normalised or max(map(max, scores.values())) > 1
     page = (results / "report.html").read_text(encoding="utf-8")
-    plots = re.findall(r'Plotly\.newPlot\(\s*"[^"]+",\s*(\[.*?\]),\s*(\{.*?\}),\s*\{"displaylogo"', page, re.DOTALL)
-    curves = {json.loads(layout)["title"]["text"]: json.loads(data)[0] for data, layout in plots}
+    plots = re.findall(r'Plotly\.newPlot\(\s*"[^"]+",\s*(\[.*?\]),\s*(\{.*?\}),\s*\{"displayModeBar"', page, re.DOTALL)
+    charts = {json.loads(layout)["title"]["text"]: json.loads(data) for data, layout in plots}
+    curves = {title: traces[0] for title, traces in charts.items()}
     assert ("ROC, pixels" in curves) == normalised
     curve = curves["ROC, images"]
     assert len(curve["x"]) == len(set(scores["0"] + scores["1"])) + 1
     for x, y, threshold in zip(curve["x"], curve["y"], curve["customdata"], strict=True):
         above = {label: sum(score > threshold for score in scores[label]) / len(scores[label]) for label in "01"}
         assert (above["0"], above["1"]) == pytest.approx((x, y))
+    threshold = float(rows[0]["image_threshold"])
+    above = {label: sum(score > threshold for score in scores[label]) / len(scores[label]) for label in "01"}
+    (mark,) = charts["ROC, images"][1:]
+    assert (mark["x"], mark["y"], mark["customdata"]) == ([above["0"]], [above["1"]], [threshold])
+    choices = re.findall(r"<td>([\d.]+) %</td><td>(.*?)</td><td>(\d+) of 24</td><td>([\d.]+) ", page)
+    assert [choice[0] for choice in choices] == ["0.1", "1", "5", "10"]
+    for percent, limit, alarms, recall in choices:
+        assert int(alarms) == sum(score > float(limit) for score in scores["0"]) <= float(percent) / 100 * 24
+        assert float(recall) == pytest.approx(sum(score > float(limit) for score in scores["1"]) / 4, abs=1e-3)
     curve = curves["Precision and recall, images"]
     for recall, precision, threshold in zip(curve["x"], curve["y"], curve["customdata"], strict=True):
         above = {label: sum(score > threshold for score in scores[label]) for label in "01"}
@@ -86,7 +98,7 @@ def test_thresholds_at_the_curves_give_what_the_curves_say(pictures: Path, norma
         assert above["1"] / (above["0"] + above["1"]) == pytest.approx(precision)
 
 
-def test_each_image_is_linked_to_a_picture_of_its_own_in_the_folder_of_its_run(pictures: Path) -> None:
+def test_report_links_each_image_to_its_own_picture(pictures: Path) -> None:
     """Also where folders of one name hold images of one name, and a model is tested by two engines."""
     (pictures / "other").mkdir()
     shutil.copytree(pictures / "test" / "bad", pictures / "other" / "bad")
@@ -110,7 +122,7 @@ def test_each_image_is_linked_to_a_picture_of_its_own_in_the_folder_of_its_run(p
                 assert shown == results.resolve() / "images" / caption
 
 
-def test_a_second_run_keeps_the_first_and_a_model_can_do_without(pictures: Path, tested: Path) -> None:
+def test_report_of_a_second_run_keeps_the_first_and_can_be_off(pictures: Path, tested: Path) -> None:
     before = (tested / "report.html").read_bytes()
     engine = Engine(default_root_dir=pictures.parent / "results", accelerator="cpu")
     checkpoint = next(tested.rglob("model.ckpt"))
@@ -122,23 +134,95 @@ def test_a_second_run_keeps_the_first_and_a_model_can_do_without(pictures: Path,
     assert not (tested / "predictions-2.csv").exists()
 
 
-def test_without_thresholds_or_masks_or_pictures_there_is_a_page(pictures: Path) -> None:
+def test_report_is_written_without_thresholds_masks_and_pictures(pictures: Path) -> None:
     model = tiny_model(visualizer=False, post_processor=False, evaluator=False)
     engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
     engine.train(model, datamodule=folder_data(pictures, masks=False))
     page = (Path(engine.trainer.default_root_dir) / "report.html").read_text(encoding="utf-8")
     assert "threshold</th>" not in page
+    assert "pixel_" not in page.partition("</table>")[0]
     assert "pixels" not in re.sub(r"<script.*?</script>", "", page.partition("</head>")[2][-3000:], flags=re.DOTALL)
 
 
-def test_without_labels_there_are_figures_of_scores(pictures: Path) -> None:
+def test_report_names_what_was_tested(pictures: Path, tested: Path) -> None:
+    checkpoint = next(tested.rglob("model.ckpt"))
+    engine = Engine(default_root_dir=pictures.parent / "elsewhere", accelerator="cpu")
+    engine.test(tiny_model(visualizer=False), datamodule=folder_data(pictures), ckpt_path=checkpoint)
+    results = Path(engine.trainer.default_root_dir)
+    page = (results / "report.html").read_text(encoding="utf-8")
+    values = dict(re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", page))
+    assert values["Checkpoint"] == str(checkpoint.resolve())
+    assert {row["checkpoint"] for row in lines(results / "predictions.csv")} == {values["Checkpoint"]}
+    assert (values["Model"], values["Data set"], values["backbone"]) == ("SimpleNet", "pictures", "resnet18")
+    assert values["Date"].startswith(str(datetime.now().astimezone().year))
+    assert all(
+        package in values["Versions"]
+        for package in ("anomalib-simplenet 0", "anomalib 2", f"torch {torch.__version__.split('+')[0]}")
+    )
+
+
+def test_report_of_one_class_has_no_auroc_and_no_pixel_threshold_without_masks(pictures: Path) -> None:
     engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
-    (figures,) = engine.train(tiny_model(visualizer=False, post_processor=False), datamodule=folder_data(pictures))
-    assert figures.keys() == {"image_AUROC", "pixel_AUROC", "pixel_AUPRO"}
+    data = folder_data(
+        pictures, masks=False, abnormal_dir=None, test_split_mode="from_dir", val_split_mode="same_as_test"
+    )
+    engine.train(tiny_model(visualizer=False), datamodule=data)
+    page = (Path(engine.trainer.default_root_dir) / "report.html").read_text(encoding="utf-8")
+    assert "<tr><th>image_AUROC</th><td>none (one class only)</td></tr>" in page
+    assert "<th>Image threshold</th>" in page
+    assert "<th>Pixel threshold</th>" not in page
+    assert "False alarms, at most" not in page
+
+
+def test_report_shows_no_miss_at_the_threshold_among_the_worst(tested: Path) -> None:
+    """Validation chose the score of an image as threshold, and anomalib labels only higher scores defective."""
+    rows = lines(tested / "predictions.csv")
+    at_threshold = [row for row in rows if row["pred_score"] == row["image_threshold"]]
+    assert [row["pred_label"] for row in at_threshold] == ["0"]
+    page = (tested / "report.html").read_text(encoding="utf-8")
+    misses = page.partition("<h2>Worst misses</h2>")[2].partition("<h2>")[0]
+    assert f"{Path(at_threshold[0]['image_path']).name}: score" not in misses
+    assert ("1 of them exactly at the threshold" in page) == (at_threshold[0]["gt_label"] == "1")
+
+
+def test_report_raw_threshold_follows_the_sensitivity(pictures: Path, tested: Path) -> None:
+    checkpoint = next(tested.rglob("model.ckpt"))
+    model = SimpleNet.load_from_checkpoint(
+        checkpoint, post_processor=PostProcessor(image_sensitivity=0.3), visualizer=False
+    )
+    engine = Engine(default_root_dir=pictures.parent / "results", accelerator="cpu")
+    engine.test(model, datamodule=folder_data(pictures))
+    page = (tested / "report-1.html").read_text(encoding="utf-8")
+    shown, raw = re.findall(r"Image threshold</th><td>(.*?) \(raw score (.*?)\)", page)[0]
+    processor = model.post_processor
+    assert float(shown) == 0.7
+    normalised = (float(raw) - processor.image_threshold) / (processor.image_max - processor.image_min) + 0.5
+    assert normalised.item() == pytest.approx(0.7, abs=2e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode elsewhere")
+def test_report_is_written_where_image_names_are_not_utf8(pictures: Path) -> None:
+    names = [b"caf\xe9.png", b"caf\xe8.png"]
+    for name, path in zip(names, sorted((pictures / "test" / "bad").iterdir()), strict=False):
+        path.rename(path.with_name(os.fsdecode(name)))
+    engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    engine.train(
+        tiny_model(visualizer=False), datamodule=folder_data(pictures, masks=False, val_split_mode="same_as_test")
+    )
+    results = Path(engine.trainer.default_root_dir)
+    assert all(name in (results / "predictions.csv").read_bytes() for name in names)
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert "caf%E9.png" in page
+
+
+def test_evaluator_without_labels_has_metrics_of_scores(pictures: Path) -> None:
+    engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    (metrics,) = engine.train(tiny_model(visualizer=False, post_processor=False), datamodule=folder_data(pictures))
+    assert metrics.keys() == {"image_AUROC", "pixel_AUROC", "pixel_AUPRO"}
 
 
 @pytest.mark.parametrize("post_processor", [True, False, PostProcessor(image_sensitivity=0.38)])
-def test_a_checkpoint_without_thresholds_loads_into_any_model(
+def test_checkpoint_without_thresholds_loads_into_any_model(
     pictures: Path, caplog: pytest.LogCaptureFixture, post_processor: PostProcessor | bool
 ) -> None:
     engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
@@ -149,7 +233,7 @@ def test_a_checkpoint_without_thresholds_loads_into_any_model(
     assert "sensitivity" not in caplog.text
 
 
-def test_images_that_have_gone_since_leave_a_page(pictures: Path) -> None:
+def test_report_is_written_after_images_are_deleted(pictures: Path) -> None:
     class Tidy(Callback):
         def on_test_epoch_end(self, *_args: object) -> None:
             shutil.rmtree(pictures / "test")
@@ -160,7 +244,7 @@ def test_images_that_have_gone_since_leave_a_page(pictures: Path) -> None:
     assert "bad/000.png" in (Path(engine.trainer.default_root_dir) / "report.html").read_text(encoding="utf-8")
 
 
-def test_thousands_of_images_make_a_page_of_the_same_size(pictures: Path, tested: Path) -> None:
+def test_report_size_does_not_grow_with_images(pictures: Path, tested: Path) -> None:
     small = (tested / "report.html").stat().st_size
     write_images(pictures / "many", 40)
     for number, path in enumerate(sorted((pictures / "many").iterdir())):
@@ -174,7 +258,7 @@ def test_thousands_of_images_make_a_page_of_the_same_size(pictures: Path, tested
 
 
 @pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Debian's chromium-driver")
-def test_the_page_opens_in_a_browser_and_its_pictures_too(tested: Path) -> None:
+def test_report_opens_in_a_browser_with_its_pictures(tested: Path) -> None:
     from selenium import webdriver
     from selenium.webdriver.common.by import By
 
@@ -186,6 +270,11 @@ def test_the_page_opens_in_a_browser_and_its_pictures_too(tested: Path) -> None:
     try:
         driver.get((tested / "report.html").as_uri())
         assert len(driver.find_elements(By.CSS_SELECTOR, ".plots .main-svg")) >= 5
+        for width in (390, 1200):
+            screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width == 390}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+            driver.refresh()
+            assert driver.execute_script("return document.documentElement.scrollWidth") <= width
         assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
         links = driver.find_elements(By.CSS_SELECTOR, "figure a")
         assert any("%23" in link.get_attribute("href") for link in links)
@@ -198,7 +287,7 @@ def test_the_page_opens_in_a_browser_and_its_pictures_too(tested: Path) -> None:
         driver.quit()
 
 
-def test_two_processes_write_the_table_of_one(pictures: Path, tested: Path) -> None:
+def test_predict_command_of_two_processes_writes_the_table_of_one(pictures: Path, tested: Path) -> None:
     checkpoint = next(tested.rglob("model.ckpt"))
     write_images(pictures / "new", 7)
     for devices in (1, 2):

@@ -27,7 +27,7 @@ def with_sensitivity(checkpoint: Path, **sensitivity: float) -> SimpleNet:
     return SimpleNet.load_from_checkpoint(checkpoint, post_processor=processor, visualizer=False).eval()
 
 
-def test_image_and_pixel_thresholds_are_two_and_saved(checkpoint: Path) -> None:
+def test_checkpoint_has_separate_image_and_pixel_thresholds(checkpoint: Path) -> None:
     processor = SimpleNet.load_from_checkpoint(checkpoint).post_processor
     assert torch.isfinite(processor.image_threshold)
     assert torch.isfinite(processor.pixel_threshold)
@@ -35,7 +35,7 @@ def test_image_and_pixel_thresholds_are_two_and_saved(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["image", "pixel"])
-def test_sensitivity_moves_its_own_threshold_of_the_model_and_its_export(
+def test_sensitivity_moves_its_threshold_in_model_and_export(
     checkpoint: Path, pictures: Path, tmp_path: Path, kind: str
 ) -> None:
     data = folder_data(pictures, val_split_mode="same_as_test")
@@ -63,26 +63,26 @@ def test_sensitivity_moves_its_own_threshold_of_the_model_and_its_export(
     assert found[0] < found[2]
 
 
-def test_what_is_not_said_is_what_was_trained_with(checkpoint: Path) -> None:
+def test_sensitivity_defaults_to_that_of_training(checkpoint: Path) -> None:
     model = SimpleNet.load_from_checkpoint(checkpoint, post_processor=PostProcessor(image_sensitivity=0.7))
     assert model.post_processor.image_sensitivity == 0.7
     assert model.post_processor.pixel_sensitivity == 0.5
 
 
-def test_a_saved_sensitivity_that_takes_the_defaults_place_is_told(
-    pictures: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_sensitivity_taken_from_the_checkpoint_is_logged(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
     results = pictures.parent / "results"
     engine = Engine(max_epochs=1, default_root_dir=results, accelerator="cpu")
     model = tiny_model(visualizer=False, post_processor=PostProcessor(image_sensitivity=0.7))
     engine.fit(model, datamodule=folder_data(pictures, val_split_mode="same_as_test"))
     path = engine.trainer.checkpoint_callback.best_model_path
-    for asked, taken in ((0.5, 0.7), (0.501, 0.501), (0.2, 0.2)):
+    for requested, used in ((0.5, 0.7), (0.501, 0.501), (0.2, 0.2)):
         caplog.clear()
-        model = SimpleNet.load_from_checkpoint(path, post_processor=PostProcessor(image_sensitivity=asked))
-        assert model.post_processor.image_sensitivity == taken
-        told = [record.getMessage() for record in caplog.records if "sensitivity" in record.getMessage()]
-        assert [text[:49] for text in told] == ["Taking image_sensitivity=0.7 from the checkpoint."] * (asked == 0.5)
+        model = SimpleNet.load_from_checkpoint(path, post_processor=PostProcessor(image_sensitivity=requested))
+        assert model.post_processor.image_sensitivity == used
+        logged = [record.getMessage() for record in caplog.records if "sensitivity" in record.getMessage()]
+        assert [text[:49] for text in logged] == ["Taking image_sensitivity=0.7 from the checkpoint."] * (
+            requested == 0.5
+        )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_saved_sensitivity_that_takes_the_defaults_place_is_told(
         pytest.param({"test_split_mode": "from_dir", "val_split_mode": "same_as_test"}, id="normal images alone"),
     ],
 )
-def test_without_a_defective_image_thresholds_let_normal_ones_pass(pictures: Path, settings: dict) -> None:
+def test_thresholds_without_defective_images_let_normal_ones_pass(pictures: Path, settings: dict) -> None:
     torch.manual_seed(0)
     engine = Engine(max_epochs=2, default_root_dir=pictures.parent / "results", accelerator="cpu")
     model = tiny_model(visualizer=False)
