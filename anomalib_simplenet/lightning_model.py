@@ -6,15 +6,12 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from inspect import signature
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from traceback import walk_stack
 from typing import Any, Literal
 
 import torch
-from anomalib import LearningType, TaskType
-from anomalib.data import AnomalibDataModule, Batch
-from anomalib.deploy import CompressionType
+from anomalib import LearningType
+from anomalib.data import Batch
 from anomalib.metrics import AUPRO, Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -27,7 +24,6 @@ from psutil import virtual_memory
 from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from tqdm.auto import tqdm
 
@@ -35,16 +31,7 @@ from .arguments import check_types
 from .callbacks.feature_cache import DTYPES, CachedBatch, FeatureCache, make_feature_cache
 from .callbacks.report import Report
 from .callbacks.trainer_setup import check_checkpoints, mend_loaders, share_results_folder
-from .export.openvino import (
-    check_exportable,
-    exportable_transform,
-    head_operations,
-    keep_float32,
-    lay_out_for_model_server,
-    prepend_resize,
-    quantize,
-    split_resize,
-)
+from .export.exporter import ExactExport
 from .loss import TruncatedL1Loss
 from .registry import register
 from .torch_model import SimpleNetModel
@@ -60,7 +47,7 @@ _NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise", "patch_fraction"}
 
 
 @register
-class SimpleNet(AnomalibModule):
+class SimpleNet(ExactExport, AnomalibModule):
     """SimpleNet: A Simple Network for Image Anomaly Detection and Localization.
 
     CVPR 2023, https://arxiv.org/abs/2303.15140. A discriminator learns to tell adapted features of normal images from
@@ -209,7 +196,6 @@ class SimpleNet(AnomalibModule):
             top_patches=top_patches,
             averaging=averaging,
         )
-        self._match_export_to_training()
         self._check_image_size()
 
     def setup(self, stage: str) -> None:
@@ -470,7 +456,6 @@ class SimpleNet(AnomalibModule):
                     "Taking %s=%s from the checkpoint. To have %s, ask for %s: the default is taken for no wish.",
                     *(name, saved_value, value, _DEFAULT_SENSITIVITY + 1e-3),
                 )
-        self._match_export_to_training()
         self._random_state = checkpoint.get("random_state")
         older = {
             "distance_weight": 0.0,
@@ -497,84 +482,6 @@ class SimpleNet(AnomalibModule):
             self.hparams.update(differing)
             arguments = {name: self.hparams[name] for name in signature(SimpleNetModel).parameters}
             self.model = SimpleNetModel(**{**arguments, "pre_trained": False})
-
-    def to_onnx(
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> Path:
-        """Export to ONNX as anomalib does, but with the resize of training, and also without any resize.
-
-        The arguments are those of :meth:`anomalib.models.AnomalibModule.to_onnx`. Opset 18 is the default, below which
-        torch's exporter fails to convert its graph.
-
-        Returns:
-            Path: The ``.onnx`` file, in ``weights/onnx`` under ``export_root``.
-
-        Raises:
-            ValueError: If the pre-processor cannot be exported for images of any size, and ``input_size`` is ``None``.
-        """
-        check_exportable(getattr(self.pre_processor, "export_transform", None), input_size)
-        if input_size is None and "dynamic_axes" not in kwargs:
-            # anomalib would trace an image of 2 x 2 pixels, too small to tell its size from that of its feature maps.
-            least = 2 * self.model.feature_extractor.stride
-            sides = {2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
-            kwargs.setdefault("dynamic_shapes", ({0: torch.export.Dim("batch_size"), **sides},))
-        return super().to_onnx(export_root, model_file_name, input_size, **{"opset_version": 18, **kwargs})
-
-    def to_openvino(
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        compression_type: CompressionType | None = None,
-        datamodule: AnomalibDataModule | None = None,
-        metric: Metric | None = None,
-        task: TaskType | None = None,  # noqa: ARG002
-        max_drop: float = 0.01,
-        ov_kwargs: dict[str, Any] | None = None,
-        onnx_kwargs: dict[str, Any] | None = None,
-    ) -> Path:
-        """Export to OpenVINO as anomalib does, but with the resize of training, and computing in float32.
-
-        The arguments are those of :meth:`anomalib.models.AnomalibModule.to_openvino`; ``task`` is not used. Of the
-        types of compression, those to eight bits touch the backbone alone (:func:`quantize`).
-
-        Returns:
-            Path: The ``.xml`` file, in ``weights/openvino`` under ``export_root``; with a second name in the folder
-            ``1`` there, where OpenVINO Model Server looks for it.
-        """
-        import openvino as ov
-
-        transform = getattr(self.pre_processor, "export_transform", None)
-        resized, rest = split_resize(transform)
-        with TemporaryDirectory() as folder:
-            if resized:
-                self.pre_processor.export_transform = rest
-            try:
-                onnx = self.to_onnx(folder, model_file_name, resized or input_size, **(onnx_kwargs or {}))
-            finally:
-                if resized:
-                    self.pre_processor.export_transform = transform
-            model = ov.convert_model(onnx, **(ov_kwargs or {}))
-            head = head_operations(onnx)
-        if resized:
-            model = prepend_resize(model, input_size)
-        if compression_type not in {None, CompressionType.FP16}:
-            model = quantize(model, compression_type, head, datamodule, metric, max_drop)
-        keep_float32(model)
-        path = Path(export_root) / "weights" / "openvino" / f"{model_file_name}.xml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ov.save_model(model, path, compress_to_fp16=compression_type == CompressionType.FP16)
-        lay_out_for_model_server(path)
-        return path
-
-    def _match_export_to_training(self) -> None:
-        """Exported models shall see what the model was trained on; anomalib drops the resize's antialiasing."""
-        if isinstance(self.pre_processor, PreProcessor):
-            self.pre_processor.export_transform = exportable_transform(self.pre_processor.transform)
 
     def _check_image_size(self) -> None:
         size = self.input_size if isinstance(self.pre_processor, PreProcessor) else None

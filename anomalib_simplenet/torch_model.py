@@ -16,6 +16,7 @@ from .components import (
     FeatureExtractor,
     PatchAggregation,
 )
+from .components.ops import non_finite
 from .components.patch_aggregation import project
 from .extensions.fused_head import FusedHead
 from .extensions.whitening import LocalWhitening, Whitening
@@ -244,9 +245,11 @@ class SimpleNetModel(nn.Module):
             return self.discriminate(features)
 
         patch_scores = -self.fused_head(self._pooled(features)).float()  # type: ignore[misc]
+        anomaly_map = self.anomaly_map_generator(patch_scores, images.shape[-2:])
+        unusable = non_finite(images, patch_scores)
         return InferenceBatch(
-            pred_score=self._image_score(patch_scores.flatten(1)),
-            anomaly_map=self.anomaly_map_generator(patch_scores, images.shape[-2:]),
+            pred_score=self._image_score(patch_scores.flatten(1)).masked_fill(unusable, torch.inf),
+            anomaly_map=anomaly_map.masked_fill(unusable[:, None, None, None], torch.inf),
         )
 
     def _image_score(self, patch_scores: torch.Tensor) -> torch.Tensor:

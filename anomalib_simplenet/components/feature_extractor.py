@@ -106,7 +106,7 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.channels_last and not torch.compiler.is_compiling():
+        if self.channels_last and not torch.compiler.is_exporting():
             images = images.contiguous(memory_format=torch.channels_last)
         features = self.net(images)
         if not isinstance(features, dict):
