@@ -1,9 +1,9 @@
-"""Resizing and activation in forms that exported models keep exact.
+"""Resizing, sum and activation in forms that exported models compute exactly.
 
-OpenVINO computes in bfloat16 where the processor can, but for operations marked as sensitive to precision
-(``keep_float32`` in export/openvino.py). Interpolation, quotients and leaky ReLU lose the mark in OpenVINO's
-own rewriting of the graph; matrix products, sums and absolute values keep it. So the latter are used while a graph is
-being traced.
+OpenVINO computes in bfloat16 where the processor can, except operations marked as sensitive to precision
+(``keep_float32`` in export/openvino.py). Interpolation, quotients and leaky ReLU lose the mark in OpenVINO's own
+rewriting of the graph; matrix products, sums and absolute values keep it. Exported graphs use the latter; eager and
+compiled models do not.
 """
 
 from collections.abc import Sequence
@@ -13,32 +13,32 @@ from torch.nn import functional as F  # noqa: N812
 
 
 def resize(feature: torch.Tensor, grid: tuple[int, int] | torch.Size) -> torch.Tensor:
-    """Resize maps bilinearly, with corners not aligned.
+    """Resize maps bilinearly, with corners not aligned and, as the authors do, without antialiasing.
 
     Args:
         feature (torch.Tensor): Maps of shape ``(N, C, h, w)``.
-        grid (tuple[int, int] | torch.Size): ``(H, W)``, at least as large where a graph is being traced.
+        grid (tuple[int, int] | torch.Size): ``(H, W)``.
 
     Returns:
         torch.Tensor: Maps of shape ``(N, C, H, W)``.
     """
     if feature.shape[-2:] == grid:
         return feature
-    if torch.compiler.is_compiling():
-        return resize_by_product(feature, grid)
+    if torch.compiler.is_exporting():
+        return resize_by_product(feature, grid, antialias=False)
     return F.interpolate(feature, size=grid, mode="bilinear", align_corners=False)
 
 
-def resize_by_product(image: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
-    """Resize images ``(..., h, w)`` to ``(..., H, W)``, antialiased where that is smaller, by two matrix products."""
-    rows = resize_matrix(image.shape[-2], size[0], image, antialias=True)
-    columns = resize_matrix(image.shape[-1], size[1], image, antialias=True)
+def resize_by_product(image: torch.Tensor, size: tuple[int, int] | torch.Size, *, antialias: bool) -> torch.Tensor:
+    """Resize images ``(..., h, w)`` bilinearly to ``(..., H, W)``, by two matrix products."""
+    rows = resize_matrix(image.shape[-2], size[0], image, antialias)
+    columns = resize_matrix(image.shape[-1], size[1], image, antialias)
     return (rows @ image) @ columns.mT  # rows first, or a transposed image is transposed without the mark
 
 
 def add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Add maps of one shape, ``(N, C, H, W)``, to the first of them."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_exporting():
         # OpenVINO fuses a plain sum into a convolution, which then fails in float32 where the processor knows bfloat16.
         return torch.cat(list(parts), dim=1).unflatten(1, (len(parts), -1)).sum(dim=1)
     for part in parts[1:]:
@@ -48,23 +48,39 @@ def add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def leaky_relu(features: torch.Tensor, negative_slope: float) -> torch.Tensor:
     """Apply leaky ReLU to maps ``(N, C, h, w)``, in place."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_exporting():
         half = features.new_full((features.shape[1], 1, 1), 0.5)  # products with one number lose the mark, too
         return (1 + negative_slope) * half * features + (1 - negative_slope) * half * features.abs()
     return F.leaky_relu(features, negative_slope, inplace=True)
 
 
 def resize_matrix(size: int, out: int, like: torch.Tensor, antialias: bool) -> torch.Tensor:
-    """Linear interpolation of ``size`` samples at ``out`` places, as a matrix ``(1, 1, out, size)``.
+    """Linear interpolation of ``size`` samples at ``out`` positions, as a matrix ``(1, 1, out, size)``.
 
-    Each output averages the input under a triangle; antialiased, as wide as the inputs that one output stands for. In
-    whole numbers up to the last division.
+    Each output is a triangular average of the input; antialiased, the triangle is as wide as the inputs that one output
+    covers. Computed in integers up to the last division.
     """
     centre = size * (2 * torch.arange(out, device=like.device) + 1)
     sample = out * (2 * torch.arange(size, device=like.device) + 1)
     # max() would fix the size of exported graphs.
     width = (size + out + abs(size - out)) // 2 if antialias else out
-    # Whole numbers are given their four dimensions, or OpenVINO rewrites the products.
+    # The integers get all four dimensions here, or OpenVINO rewrites the products.
     weight = (2 * width - (sample[None, None, None] - centre[None, None, :, None]).abs()).clamp(min=0)
     total = weight.sum(dim=3, keepdim=True).to(like.dtype)
     return weight.to(like.dtype) * total.pow(torch.full_like(total, -1.0))  # a quotient loses the mark, too
+
+
+def non_finite(images: torch.Tensor, patch_scores: torch.Tensor) -> torch.Tensor:
+    """Find images with pixels or scores that are NaN or infinite.
+
+    Comparisons with NaN are false, so a threshold would call such an image normal.
+
+    Args:
+        images (torch.Tensor): Images of shape ``(N, 3, H, W)``.
+        patch_scores (torch.Tensor): Their patch scores, of shape ``(N, 1, h, w)``.
+
+    Returns:
+        torch.Tensor: Boolean, of shape ``(N,)``.
+    """
+    # A mean is not finite if one of its terms is not; it costs less than a look at each pixel.
+    return ~(images.mean(dim=(1, 2, 3)) + patch_scores.mean(dim=(1, 2, 3))).isfinite()

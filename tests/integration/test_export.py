@@ -1,4 +1,4 @@
-"""Exports of pre-processors other than the default one, in every runtime."""
+"""Exported models compute what their checkpoints compute, in every runtime."""
 
 from pathlib import Path
 
@@ -6,18 +6,39 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
-from anomalib.deploy import CompressionType
+from anomalib.deploy import CompressionType, TorchInferencer
+from anomalib.engine import Engine
 from anomalib.metrics import AUROC
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Trainer
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
 from anomalib_simplenet import SimpleNet
 from anomalib_simplenet.components.ops import leaky_relu, resize_by_product
-from anomalib_simplenet.export.openvino import exportable_transform
+from anomalib_simplenet.export.quantization import quantize
 
 from .conftest import folder_data, tiny_model
 
 NORMALIZE = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+
+
+def trained_model(**arguments: object) -> SimpleNet:
+    """Model with batch norm statistics of random images, in eval mode."""
+    torch.manual_seed(0)
+    model = tiny_model(**{"layers": ["layer1", "layer2"], "adapter_layers": 1, **arguments})
+    model.model(torch.randn(2, 3, 64, 64))
+    return model.eval()
+
+
+def answers_of(path: Path, images: torch.Tensor) -> dict[str, np.ndarray]:
+    compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return {output.get_any_name(): value for output, value in compiled(images.numpy()).items()}
+
+
+def assert_answers_like(model: SimpleNet, path: Path, images: torch.Tensor) -> None:
+    expected, answer = model.eval()(images), answers_of(path, images)
+    for field in ("pred_score", "anomaly_map"):
+        np.testing.assert_allclose(answer[field], getattr(expected, field).detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -31,21 +52,76 @@ NORMALIZE = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     ],
 )
 @pytest.mark.parametrize("input_size", [None, (150, 170)])
-def test_exports_agree_with_the_model(
+def test_export_equals_the_eager_model(
     tmp_path: Path, pre_processor: PreProcessor | bool, input_size: tuple[int, int] | None
 ) -> None:
-    torch.manual_seed(0)
-    model = tiny_model(pre_processor=pre_processor, layers=["layer1", "layer2"], adapter_layers=1)
-    model.model(torch.randn(2, 3, 64, 64))
-    images = torch.rand(3, 3, 150, 170)
-    expected = model.eval()(images)
+    model, images = trained_model(pre_processor=pre_processor), torch.rand(3, 3, 150, 170)
+    expected = model(images).pred_score
     for path in (model.to_onnx(tmp_path, input_size=input_size), model.to_openvino(tmp_path, input_size=input_size)):
-        runtime = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        answer = runtime(images.numpy())
-        for field in ("pred_score", "anomaly_map"):
-            np.testing.assert_allclose(answer[field], getattr(expected, field).detach(), rtol=1e-4, atol=1e-5)
-    if pre_processor:  # which exporting leaves as it was
-        assert torch.equal(model(images).pred_score, expected.pred_score)
+        assert_answers_like(model, path, images)
+    assert torch.equal(model(images).pred_score, expected)  # exporting leaves the pre-processor as it was
+
+
+@pytest.mark.parametrize("layers", [["layer1", "layer3"], ["layer3", "layer1"]])
+def test_layers_in_any_order_score_alike_in_every_runtime(tmp_path: Path, layers: list[str]) -> None:
+    model, images = trained_model(layers=layers), torch.rand(3, 3, 150, 170)
+    expected = model(images)
+    compiled = torch.compile(model, backend="aot_eager")(images)
+    torch.testing.assert_close(compiled.pred_score, expected.pred_score)
+    torch.testing.assert_close(compiled.anomaly_map, expected.anomaly_map)
+    for export in (model.to_onnx, model.to_openvino):
+        assert_answers_like(model, export(tmp_path, input_size=(150, 170)), images)
+
+
+def test_compiled_model_takes_no_export_forms() -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: list) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    torch.compile(trained_model(), backend=keep)(torch.rand(1, 3, 80, 80))
+    code = "".join(graphs)
+    assert "interpolate" in code
+    assert "leaky_relu" in code
+    assert "torch.abs" not in code.replace("resize_matrix", "")
+
+
+def test_export_of_non_finite_pixels_is_anomalous(tmp_path: Path) -> None:
+    model, images = trained_model(), torch.rand(3, 3, 150, 170)
+    for name in ("image", "pixel"):
+        for field, value in {f"{name}_min": 0.0, f"{name}_max": 0.5, f"_{name}_threshold": 0.3}.items():
+            getattr(model.post_processor, field).fill_(value)
+    finite = model(images).pred_score.detach()
+    exported = [export(tmp_path, input_size=(150, 170)) for export in (model.to_onnx, model.to_openvino)]
+    for pixel in (np.nan, np.inf, -np.inf):
+        images[1, 2, -1, -1] = pixel
+        eager = {name: value.detach().numpy() for name, value in model(images)._asdict().items()}
+        for answer in (eager, *(answers_of(path, images) for path in exported)):
+            assert answer["pred_score"][1] == 1  # the highest normalized score
+            assert answer["pred_label"][1]
+            assert answer["pred_mask"][1].all()
+            np.testing.assert_allclose(answer["pred_score"][[0, 2]], finite[[0, 2]], rtol=1e-4)
+
+
+def test_export_of_nan_weights_is_anomalous(tmp_path: Path) -> None:
+    model = trained_model()
+    with torch.no_grad():
+        model.model.discriminator.first.weight[0, 0] = torch.nan
+    answer = answers_of(model.eval().to_openvino(tmp_path, input_size=(64, 64)), torch.rand(2, 3, 64, 64))
+    assert answer["pred_label"].all()
+
+
+def test_export_uses_a_pre_processor_assigned_later(tmp_path: Path) -> None:
+    model, images = trained_model(), torch.rand(3, 3, 150, 170)
+    model.pre_processor = SimpleNet.configure_pre_processor((80, 96), (64, 64))
+    expected = model.model(model.pre_processor.transform(images)).pred_score.detach()
+    model.post_processor = None
+    inferencer = TorchInferencer(model.to_torch(tmp_path), device="cpu")
+    torch.testing.assert_close(inferencer.model(images).pred_score, expected)
+    for export in (model.to_onnx, model.to_openvino):
+        answer = answers_of(export(tmp_path, input_size=(150, 170)), images)
+        np.testing.assert_allclose(answer["pred_score"], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -57,19 +133,14 @@ def test_exports_agree_with_the_model(
         pytest.param([NORMALIZE, Resize(80, antialias=True), CenterCrop(64)], id="cropped from the shorter side"),
     ],
 )
-def test_what_depends_on_the_images_size_needs_it(tmp_path: Path, transform: list) -> None:
-    torch.manual_seed(0)
-    model = tiny_model(pre_processor=PreProcessor(Compose(transform)), layers=["layer1", "layer2"]).eval()
+def test_export_of_a_size_dependent_transform_needs_input_size(tmp_path: Path, transform: list) -> None:
+    model = trained_model(pre_processor=PreProcessor(Compose(transform)))
     with pytest.raises(ValueError, match=r'cannot be exported for images of any size: pass --input_size "\[H,W\]"'):
         model.to_openvino(tmp_path)
-    images = torch.rand(3, 3, 150, 170)
-    expected = model(images)
-    answer = ov.Core().compile_model(model.to_openvino(tmp_path, input_size=(150, 170)), "CPU")(images.numpy())
-    assert answer["anomaly_map"].shape == expected.anomaly_map.shape
-    np.testing.assert_allclose(answer["anomaly_map"], expected.anomaly_map.detach(), rtol=1e-4, atol=1e-5)
+    assert_answers_like(model, model.to_openvino(tmp_path, input_size=(150, 170)), torch.rand(3, 3, 150, 170))
 
 
-def test_inexact_resizes_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_export_of_an_inexact_resize_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bicubic = Resize((64, 64), interpolation=InterpolationMode.BICUBIC, antialias=True)
     tiny_model(pre_processor=PreProcessor(bicubic)).to_onnx(tmp_path)
     assert "BICUBIC" in caplog.text
@@ -91,7 +162,7 @@ def test_inexact_resizes_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     ],
 )
 @pytest.mark.parametrize("arguments", [{}, {"whiten": True, "distance_weight": 2.4}, {"whiten": "local"}])
-def test_nothing_is_computed_in_bfloat16(
+def test_openvino_computes_in_float32(
     tmp_path: Path, pre_processor: PreProcessor, arguments: dict[str, object]
 ) -> None:
     torch.manual_seed(0)
@@ -110,14 +181,15 @@ def test_nothing_is_computed_in_bfloat16(
     assert not names
 
 
+@pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize(("size", "out"), [((90, 70), (32, 48)), ((20, 30), (64, 31)), ((40, 40), (40, 40))])
-def test_resize_by_product_is_the_antialiased_resize(size: tuple[int, int], out: tuple[int, int]) -> None:
+def test_resize_by_product_equals_torchvision(size: tuple[int, int], out: tuple[int, int], antialias: bool) -> None:
     images = torch.rand(2, 3, *size)
-    expected = exportable_transform(Resize(out, antialias=True))(images)
-    torch.testing.assert_close(resize_by_product(images, out), expected, rtol=1e-5, atol=1e-6)
+    expected = Resize(out, antialias=antialias)(images)
+    torch.testing.assert_close(resize_by_product(images, out, antialias=antialias), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_leaky_relu_is_the_same_while_a_graph_is_traced() -> None:
+def test_leaky_relu_exports_exactly() -> None:
     class Activation(torch.nn.Module):
         def forward(self, features: torch.Tensor) -> torch.Tensor:
             return leaky_relu(features, 0.2)
@@ -128,7 +200,7 @@ def test_leaky_relu_is_the_same_while_a_graph_is_traced() -> None:
 
 
 @pytest.mark.parametrize("kind", [CompressionType.INT8, CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
-def test_eight_bits_are_for_the_backbone_alone(pictures: Path, tmp_path: Path, kind: CompressionType) -> None:
+def test_quantize_compresses_the_backbone_alone(pictures: Path, tmp_path: Path, kind: CompressionType) -> None:
     torch.manual_seed(0)
     model = tiny_model(layers=["layer1", "layer2"], adapter_layers=1, post_processor=False)
     model.model(torch.randn(2, 3, 64, 64))
@@ -148,13 +220,33 @@ def test_eight_bits_are_for_the_backbone_alone(pictures: Path, tmp_path: Path, k
     np.testing.assert_allclose(answer["pred_score"], model(images).pred_score.detach(), atol=0.5)
 
 
-def test_quantising_needs_images(tmp_path: Path) -> None:
+def test_quantized_model_of_non_finite_pixels_is_anomalous(pictures: Path, tmp_path: Path) -> None:
+    model, images = trained_model(), torch.rand(3, 3, 150, 170)
+    images[1, 2, -1, -1] = torch.nan
+    data = folder_data(pictures, val_split_mode="same_as_test")
+    path = model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=data)
+    assert answers_of(path, images)["pred_label"].tolist() == [False, True, False]
+
+
+def test_engine_export_takes_the_name_of_a_metric(pictures: Path, tmp_path: Path) -> None:
+    arguments = {"datamodule": folder_data(pictures, val_split_mode="same_as_test"), "export_root": tmp_path}
+    arguments["compression_type"] = CompressionType.INT8_ACQ
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path, logger=False)
+    assert engine.export(trained_model(), "openvino", metric="F1Score", **arguments).is_file()
+
+
+def test_quantize_with_an_unknown_metric_refuses() -> None:
+    with pytest.raises(ValueError, match="metric is 'F2', expected one of F1Score, F1Max, AUROC"):
+        quantize(None, CompressionType.INT8_ACQ, [], metric="F2")
+
+
+def test_quantize_without_images_refuses(tmp_path: Path) -> None:
     model = tiny_model().eval()
     with pytest.raises(ValueError, match="INT8_PTQ needs images to calibrate: pass --data"):
         model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
 
 
-def test_images_of_another_size_than_the_models_do_not_calibrate_it(pictures: Path, tmp_path: Path) -> None:
+def test_quantize_with_images_of_another_size_refuses(pictures: Path, tmp_path: Path) -> None:
     data = folder_data(pictures, val_split_mode="same_as_test")
     with pytest.raises(ValueError, match=r"Images \(3, 3, 80, 64\) cannot calibrate .*: leave --input_size out"):
         tiny_model().to_openvino(
@@ -162,7 +254,7 @@ def test_images_of_another_size_than_the_models_do_not_calibrate_it(pictures: Pa
         )
 
 
-def test_what_is_exported_is_the_fused_graph(tmp_path: Path) -> None:
+def test_export_is_the_fused_graph(tmp_path: Path) -> None:
     model = tiny_model(pre_processor=False, layers=["layer1", "layer2"], adapter_layers=1).eval()
     graph = ov.Core().read_model(model.to_openvino(tmp_path, input_size=(64, 64)))
     kinds = {node.get_type_name() for node in graph.get_ops()}
@@ -173,3 +265,35 @@ def test_what_is_exported_is_the_fused_graph(tmp_path: Path) -> None:
     # A pooling and a projection for each layer, and the last linear layer; the smoothing became constants.
     assert len(kernels) == backbone + 5
     assert max(max(kernel) for kernel in kernels) == 7  # the backbone's stem
+
+
+def test_onnx_export_is_one_file(tmp_path: Path) -> None:
+    path = trained_model().to_onnx(tmp_path, input_size=(64, 64))
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_export_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    model = trained_model()
+    capfd.readouterr()
+    model.to_openvino(tmp_path, input_size=(64, 64))
+    assert capfd.readouterr().out == ""
+    assert not [record for record in caplog.records if record.name.startswith("onnx")]
+
+
+def test_engine_export_writes_beside_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine = Engine(accelerator="cpu", logger=False)
+    trainer = Trainer(accelerator="cpu", logger=False)
+    trainer.strategy.connect(trained_model())
+    for run in ("v0", "v1"):
+        folder = tmp_path / "results" / "SimpleNet" / "pictures" / run
+        trainer.save_checkpoint(folder / "weights" / "lightning" / "model.ckpt")
+        export = {"export_type": "torch", "ckpt_path": folder / "weights" / "lightning" / "model.ckpt"}
+        assert engine.export(tiny_model(), **export) == folder / "weights" / "torch" / "model.pt"
+    assert not caplog.records
+    engine.export(tiny_model(), **export)
+    assert "v1/weights/torch/model.pt, an earlier export. To keep both, pass another --export_root" in caplog.text
+    assert engine.export(tiny_model(), export_root="mine", **export) == Path("mine/weights/torch/model.pt")

@@ -14,7 +14,7 @@ INTERNALS = [
         "AnomalibModule.trainer.fset",
         "the paper's 160 epochs are set when a trainer comes",
     ),
-    ("anomalib.models.components", "AnomalibModule.to_onnx", "exports go through it, with another pre-processor"),
+    ("anomalib.models.components.base.export_mixin", "ExportMixin.to_onnx", "export/exporter.py exports through it"),
     (
         "anomalib.pipelines.benchmark",
         "Benchmark",
@@ -80,3 +80,29 @@ def test_the_engine_still_asks_models_for_trainer_arguments() -> None:
 
     assert hasattr(AnomalibModule, "trainer_arguments"), "models can no longer switch off the sanity check"
     assert "ckpt_path" in signature(Engine.predict).parameters, "Engine.predict no longer takes a checkpoint"
+
+
+def test_mark_precise_keeps_a_product_in_float32() -> None:
+    """Where it fails: OpenVINO's attribute ``precise`` was renamed or dropped (``DisableFP16Compression``)."""
+    import numpy as np
+    import openvino as ov
+    from openvino import opset13
+
+    from anomalib_simplenet.compat import mark_precise
+
+    def precisions(mark: bool) -> set[str]:
+        image = opset13.parameter([1, 64, 64], np.float32)
+        product = opset13.matmul(image, opset13.constant(np.ones((64, 64), np.float32)), False, False)
+        if mark:
+            mark_precise(product)
+        model = ov.Core().compile_model(ov.Model([product], [image]), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+        nodes = model.get_runtime_model().get_ops()
+        return {
+            str(node.get_rt_info()["runtimePrecision"].value)
+            for node in nodes
+            if "runtimePrecision" in node.get_rt_info()
+        }
+
+    if "bf16" not in precisions(mark=False):
+        pytest.skip("this processor does not compute in bfloat16")
+    assert "bf16" not in precisions(mark=True)

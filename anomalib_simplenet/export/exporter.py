@@ -1,0 +1,171 @@
+"""``to_torch``, ``to_onnx`` and ``to_openvino`` of SimpleNet."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from anomalib.deploy import CompressionType
+from anomalib.models.components.base.export_mixin import ExportMixin
+from anomalib.pre_processing import PreProcessor
+
+from .openvino import keep_float32, link_for_model_server, prepend_resize
+from .quantization import head_operations, quantize
+from .transforms import check_exportable, exportable_transform, split_resize
+
+if TYPE_CHECKING:
+    from anomalib import TaskType
+    from anomalib.data import AnomalibDataModule, InferenceBatch
+    from torchmetrics import Metric
+
+logger = logging.getLogger(__name__)
+
+ONE_FILE = 1.9 * 2**30  # protobuf, and so an ONNX file without external data, ends at 2 GiB
+DEFAULT_ROOT = Path("results")  # Engine's default_root_dir, which Engine.export passes where the user gives no root
+
+
+class ExactExport(ExportMixin):
+    """anomalib's exports, computing what the checkpoint computes: antialiased resize, float32, quantized backbone.
+
+    To be inherited before :class:`anomalib.models.AnomalibModule`.
+    """
+
+    pre_processor: Any
+    post_processor: Any
+    checkpoint_path: Path | None = None
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Path | str, *args: Any, **kwargs: Any) -> ExactExport:  # noqa: ANN401
+        """Load a model and remember where from: exports are written beside its checkpoint by default."""
+        model = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        model.checkpoint_path = Path(checkpoint_path)
+        return model
+
+    def forward(self, batch: torch.Tensor, *_args, **_kwargs) -> InferenceBatch:
+        """Pre-process, score and post-process images ``(N, 3, H, W)`` between 0 and 1, eagerly or in an exported graph.
+
+        Uses the present transform of the pre-processor; anomalib's ``export_transform`` lacks the antialiasing.
+        """
+        if isinstance(self.pre_processor, PreProcessor):
+            transform = self.pre_processor.transform
+            if torch.compiler.is_exporting():
+                transform = exportable_transform(transform)
+            batch = transform(batch) if transform else batch
+        elif self.pre_processor:
+            batch = self.pre_processor(batch)
+        predictions = self.model(batch)
+        return self.post_processor(predictions) if self.post_processor else predictions
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export as anomalib does. Without a folder from the user, exports are written beside the checkpoint."""
+        return super().to_torch(self._export_root(export_root, "torch", f"{model_file_name}.pt"), model_file_name)
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Export to ONNX, as one file if it is below 2 GiB.
+
+        The arguments are those of :meth:`anomalib.models.AnomalibModule.to_onnx`. Opset 18 is the default, below which
+        torch's exporter fails to convert its graph.
+
+        Returns:
+            Path: The ``.onnx`` file, in ``weights/onnx`` under ``export_root``.
+
+        Raises:
+            ValueError: If the pre-processor cannot be exported for images of any size, and ``input_size`` is ``None``.
+        """
+        check_exportable(self._exported_transform(), input_size)
+        if input_size is None and "dynamic_axes" not in kwargs:
+            # anomalib would trace an image of 2 x 2 pixels, too small to tell its size from that of its feature maps.
+            least = 2 * self.model.feature_extractor.stride
+            sides = {2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
+            kwargs.setdefault("dynamic_shapes", ({0: torch.export.Dim("batch_size"), **sides},))
+        size = sum(tensor.nbytes for tensor in self.state_dict().values())
+        defaults = {"opset_version": 18, "external_data": size > ONE_FILE, "verbose": False}
+        root = self._export_root(export_root, "onnx", f"{model_file_name}.onnx")
+        with _quiet("onnxscript", "onnx_ir"):
+            return super().to_onnx(root, model_file_name, input_size, **{**defaults, **kwargs})
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | str | None = None,
+        task: TaskType | None = None,  # noqa: ARG002
+        max_drop: float = 0.01,
+        ov_kwargs: dict[str, Any] | None = None,
+        onnx_kwargs: dict[str, Any] | None = None,
+    ) -> Path:
+        """Export to OpenVINO, computing in float32.
+
+        The arguments are those of :meth:`anomalib.models.AnomalibModule.to_openvino`; ``task`` is not used. Compression
+        to eight bits quantizes the backbone alone (:func:`quantize`).
+
+        Returns:
+            Path: The ``.xml`` file, in ``weights/openvino`` under ``export_root``; linked into the folder ``1`` there,
+            where OpenVINO Model Server looks for it.
+        """
+        import openvino as ov
+
+        pre_processor = self.pre_processor
+        resized, rest = split_resize(self._exported_transform())
+        with TemporaryDirectory() as folder:
+            if resized:
+                self.pre_processor = PreProcessor(rest)
+            try:
+                onnx = self.to_onnx(folder, model_file_name, resized or input_size, **(onnx_kwargs or {}))
+            finally:
+                self.pre_processor = pre_processor
+            model = ov.convert_model(onnx, **(ov_kwargs or {}))
+            head = head_operations(onnx)
+        if resized:
+            model = prepend_resize(model, input_size)
+        if compression_type not in {None, CompressionType.FP16}:
+            with _quiet("nncf"):
+                model = quantize(model, compression_type, head, datamodule, metric, max_drop)
+        keep_float32(model)
+        path = self._export_root(export_root, "openvino", f"{model_file_name}.xml")
+        path = path / "weights" / "openvino" / f"{model_file_name}.xml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ov.save_model(model, path, compress_to_fp16=compression_type == CompressionType.FP16)
+        link_for_model_server(path)
+        return path
+
+    def _exported_transform(self) -> Any:  # noqa: ANN401
+        return exportable_transform(getattr(self.pre_processor, "transform", None))
+
+    def _export_root(self, export_root: Path | str, kind: str, file_name: str) -> Path:
+        """The run's folder of the checkpoint where the user gave none; warns before an export is replaced."""
+        root, checkpoint = Path(export_root), self.checkpoint_path
+        if root == DEFAULT_ROOT and checkpoint and checkpoint.parts[-3:-1] == ("weights", "lightning"):
+            root = checkpoint.parents[2]
+        path = root / "weights" / kind / file_name
+        if path.exists():
+            logger.warning("Replacing %s, an earlier export. To keep both, pass another --export_root.", path)
+        return root
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Hide progress messages of other libraries, which anomalib's command line would show; warnings stay."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(max(each.level, logging.WARNING))
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
