@@ -2,10 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from copy import copy
+from collections.abc import Sequence
 from inspect import signature
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from traceback import walk_stack
@@ -26,15 +24,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from psutil import virtual_memory
 from torch import nn
 from torch.optim import Adam, Optimizer
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
-from tqdm.auto import tqdm
 
 from .arguments import check_types
-from .callbacks.feature_cache import DTYPES, CachedBatch, FeatureCache, make_feature_cache
+from .callbacks.feature_cache import FeatureCache, iterate_features
+from .callbacks.feature_store import CachedBatch
 from .callbacks.report import Report
-from .callbacks.trainer_setup import check_checkpoints, mend_loaders, share_results_folder
+from .callbacks.unreadable_images import UnreadableImages
 from .export.openvino import (
     check_exportable,
     exportable_transform,
@@ -180,8 +177,7 @@ class SimpleNet(AnomalibModule):
             raise ValueError(msg)
         self.feature_cache = feature_cache
         self.feature_cache_memory = feature_cache_memory
-        self.feature_cache_dtype = DTYPES[feature_cache_dtype]
-        self._cache: FeatureCache | None = None
+        self.feature_cache_dtype = feature_cache_dtype
         self._validate_only_last = False
         self._check_val_every_n_epoch: int | None = 1
         self._validated_step: int | None = None
@@ -213,7 +209,7 @@ class SimpleNet(AnomalibModule):
         self._check_image_size()
 
     def setup(self, stage: str) -> None:
-        """Prepare the trainer: its data loaders, results folder and reading of checkpoints.
+        """Check the trainer.
 
         Raises:
             ValueError: If the trainer's precision is not one that anomalib's batches go with.
@@ -222,10 +218,6 @@ class SimpleNet(AnomalibModule):
         if self.trainer.precision not in {"32-true", "16-mixed", "bf16-mixed"}:
             msg = f"precision is {self.trainer.precision}, expected 32-true, 16-mixed or bf16-mixed."
             raise ValueError(msg)
-        check_checkpoints(self.trainer)
-        if self.trainer.world_size > 1:
-            share_results_folder(self.trainer)
-        mend_loaders(self.trainer)
 
     def training_step(self, batch: Batch | CachedBatch, *_args, **_kwargs) -> torch.Tensor:
         """Loss of one batch; logs it with the shares of real and fake scores beyond the margin (authors' p_true/fake).
@@ -236,7 +228,7 @@ class SimpleNet(AnomalibModule):
         Returns:
             torch.Tensor: Truncated L1 loss, scalar.
         """
-        features = self._features(batch)
+        features = batch.features if isinstance(batch, CachedBatch) else self.model.extract(batch.image)
         real, fake = self.model.discriminate(features)
         loss = self.loss(real, fake)
         figures = {
@@ -246,11 +238,6 @@ class SimpleNet(AnomalibModule):
         }
         self.log_dict(figures, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(features[0]))
         return loss
-
-    def _features(self, batch: Batch | CachedBatch) -> list[torch.Tensor]:
-        if self._cache is None:
-            return self.model.extract(batch.image)
-        return self._cache.features(batch, self.model.extract)
 
     def validation_step(self, batch: Batch, *_args, **_kwargs) -> Batch:
         """Predict one batch, for anomalib's thresholds and metrics; as :meth:`predict_step`."""
@@ -312,14 +299,6 @@ class SimpleNet(AnomalibModule):
         """Decide when to validate, by default after the last batch of training only, and whether to keep features."""
         self.train()
         trainer = self.trainer
-        self._cache = None  # whose memory is to be free, should an earlier fit have been interrupted
-        self._cache = make_feature_cache(
-            trainer,
-            self.pre_processor,
-            self.feature_cache,
-            self.feature_cache_dtype,
-            self.feature_cache_memory,
-        )
         if trainer.ckpt_path is not None and self._random_state is not None:  # go on as if never interrupted
             _set_random_state(self._random_state)
         if trainer.check_val_every_n_epoch == _NEVER:  # an earlier fit was interrupted
@@ -342,34 +321,14 @@ class SimpleNet(AnomalibModule):
         whitening = self.model.whitening
         if whitening is None or (whitening.fitted and goes_on):
             return
-        with torch.random.fork_rng(devices=[]):  # workers draw the first epoch's order before this pass, others after
-            torch.manual_seed(0)
-            moments = whitening.moments(self._training_embeddings())
+        maps = iterate_features(self.trainer, self, "Whitening")
+        moments = whitening.moments(self.model.patch_aggregation(features) for features in maps)
         if self.trainer.world_size > 1:
             moments = self.trainer.strategy.reduce(moments.to(self.device), reduce_op="sum").cpu()
         whitening.fit(moments)
 
-    def _training_embeddings(self) -> Iterator[torch.Tensor]:
-        trainer = self.trainer
-        loader = copy(trainer.train_dataloader)
-        if isinstance(loader, DataLoader):
-            vars(loader)["_iterator"] = None  # persistent workers have the first epoch's images ready: leave them be
-        batches = islice(loader, trainer.num_training_batches)
-        for index, batch in enumerate(
-            tqdm(batches, "Whitening", trainer.num_training_batches, disable=not trainer.is_global_zero)
-        ):
-            on_device = trainer.strategy.batch_to_device(batch)
-            if isinstance(self.pre_processor, PreProcessor):
-                self.pre_processor.on_train_batch_start(trainer, self, on_device, index)
-            with trainer.precision_plugin.train_step_context():
-                embedding = self.model.patch_aggregation(self._features(on_device))
-            yield embedding
-
     def on_train_epoch_start(self) -> None:
-        """Hold validation back, and let workers go that have nothing left to read."""
-        if self._cache is not None and self._cache.complete:
-            loader = self.trainer.train_dataloader
-            vars(loader).update(num_workers=0, timeout=0, _iterator=None)
+        """Hold validation back."""
         if self._validate_only_last:
             self.trainer.check_val_every_n_epoch = _NEVER
 
@@ -421,10 +380,6 @@ class SimpleNet(AnomalibModule):
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
-
-    def on_fit_end(self) -> None:
-        """Free the feature maps."""
-        self._cache = None
 
     def on_validation_epoch_start(self) -> None:
         """Score with the weights of now: callbacks that average weights swap them after eval mode was entered."""
@@ -592,7 +547,9 @@ class SimpleNet(AnomalibModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Name anomalib's components and, last, the report on what they made of the scores."""
-        return [*super().configure_callbacks(), *([Report()] if self.report else [])]
+        cache = FeatureCache(self.feature_cache, self.feature_cache_memory, self.feature_cache_dtype)
+        report = [Report()] if self.report else []
+        return [*super().configure_callbacks(), UnreadableImages(), cache, *report]
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
