@@ -1,282 +1,188 @@
 """Feature maps of the training images, kept from the first time that each is seen."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import Any, Literal
 
-import psutil
 import torch
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import Trainer
-from lightning.pytorch.core.hooks import DataHooks
-from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torchvision.transforms import v2
+from tqdm.auto import tqdm
 
-from .trainer_setup import altered
+from anomalib_simplenet.compat import batch_to_device, clone_dataloader, release_workers, wrap_dataloaders
 
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
-_SHARE_OF_FREE_MEMORY = 0.5
-_CONTAINER = Path("/sys/fs/cgroup")
-_LIMITS_OF_CONTAINERS = (  # control groups, versions 2 and 1
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+from .feature_store import CachedBatch, CachedCollate, FeatureStore, IndexedDataset, MissingImages, free_memory, refuse
+
+_FRACTION_OF_FREE_MEMORY = 0.5
+_DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.ToDtype, v2.ToImage, v2.Grayscale, v2.RGB)
+_HOOKS_WITH_A_BATCH = (
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "on_train_batch_start",
+    "training_step",
 )
-_SAME_EACH_TIME = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.ToDtype, v2.ToImage, v2.Grayscale, v2.RGB)
+_KNOWN_PACKAGES = {"anomalib", "anomalib_simplenet", "lightning", "pytorch_lightning"}
 
 
-@dataclass
-class CachedBatch:
-    """Training images by their place in the data set; those not in the cache, when this was loaded, come along.
+class FeatureCache(Callback):
+    """Keep the feature maps of a frozen backbone in main memory, so that it sees each training image once.
 
-    Attributes:
-        index (list[int]): Places in the data set, N.
-        unseen (list[int]): Which of the N come along, K.
-        image (torch.Tensor | None): These images, of shape ``(K, 3, H, W)``.
-        gt_mask (torch.Tensor | None): Their masks, which anomalib's pre-processor asks for.
-    """
-
-    index: list[int]
-    unseen: list[int]
-    image: torch.Tensor | None = None
-    gt_mask: torch.Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        msg = f"A CachedBatch has no {name}: images are not read again. Set feature_cache to false to have it."
-        raise AttributeError(msg)
-
-
-class FeatureCache:
-    """Feature maps of a data set, so that a frozen backbone sees each image once.
-
-    Filled as batches come, in any order, so it needs no pass of its own and is right whichever images a sampler deals
-    to this process. Maps are kept as the backbone gives them, each layer on its own grid, in the main memory.
+    Puts a data loader of :class:`CachedBatch` between the training data and the model, unless there is a reason not
+    to, and fills in each batch's features. Must stand after the pre-processor in the trainer's callbacks.
 
     Args:
-        loader (DataLoader): Of the training images.
-        dtype (torch.dtype): To keep maps in. One that holds no larger numbers than the maps have gives way to float32.
-        memory (int): Bytes that the maps may take.
-        required (bool): Whether to raise where they do not fit, rather than to keep none.
-
-    Attributes:
-        loader (DataLoader): The same, giving :class:`CachedBatch`.
-    """
-
-    def __init__(self, loader: DataLoader, dtype: torch.dtype, memory: int, required: bool) -> None:
-        self.dtype, self.memory, self.required = dtype, memory, required
-        self.size = len(loader.dataset)
-        self.maps: list[torch.Tensor] = []
-        self.too_large = False
-        # Shared, so that workers, which live for an epoch or longer, know what they need not read.
-        self.seen = torch.zeros(self.size, dtype=torch.bool).share_memory_()
-        dataset, collate = _Indexed(loader.dataset, self.seen), _Collate(loader.collate_fn)
-        self.loader = altered(loader, dataset=dataset, collate_fn=collate)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every image is in it."""
-        return bool(self.seen.all())
-
-    def features(self, batch: CachedBatch, extract: Callable[[torch.Tensor], list[torch.Tensor]]) -> list[torch.Tensor]:
-        """Feature maps of a batch, extracted where the cache has none.
-
-        Args:
-            batch (CachedBatch): Of :attr:`loader`; its images pre-processed.
-            extract (Callable): The backbone; maps of each layer from images ``(K, 3, H, W)``.
-
-        Returns:
-            list[torch.Tensor]: For each layer ``(N, C, h, w)``.
-
-        Raises:
-            ValueError: If the maps do not fit the memory and are required to.
-        """
-        index = torch.tensor(batch.index)
-        new = [row for row, position in enumerate(batch.unseen) if not self.seen[index[position]]]
-        if new and batch.image is not None:
-            maps = extract(batch.image if len(new) == len(batch.image) else batch.image[new])
-            if not self.maps and not self.too_large:
-                self._allocate(maps)
-            if not self.maps:
-                return maps
-            self._keep(index[[batch.unseen[row] for row in new]], maps)
-        # To the device before it is widened: half of the traffic.
-        rows = (kept[index].to(self.device).to(self.computed_in) for kept in self.maps)
-        return [feature.permute(0, 3, 1, 2) for feature in rows]
-
-    def _allocate(self, maps: list[torch.Tensor]) -> None:
-        self.device, self.computed_in = maps[0].device, maps[0].dtype
-        shapes = [(self.size, *feature.shape[2:], feature.shape[1]) for feature in maps]
-        self.numbers = sum(map(math.prod, shapes))
-        if self._need() > self.memory:
-            if self.required:
-                msg = f"feature_cache is True, but {self._too_large()} Or set feature_cache to auto or false."
-                raise ValueError(msg)
-            rank_zero_info(f"feature_cache is off: {self._too_large()}")
-            self.too_large = True
-            return
-        rank_zero_info(f"feature_cache: {self._size()}; once each was seen, neither images nor backbone are needed.")
-        self.maps = [torch.empty(shape, dtype=self.dtype) for shape in shapes]
-
-    def _need(self) -> int:
-        return self.numbers * self.dtype.itemsize
-
-    def _size(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
-        return f"the feature maps of {self.size} training images take {_gib(self._need())} as {name}"
-
-    def _too_large(self) -> str:
-        return (
-            f"{self._size()}, more than the {_gib(self.memory)} that feature_cache_memory allows (by default half of "
-            "the free memory). Raise it, or take smaller images or fewer layers."
-        )
-
-    def _keep(self, index: torch.Tensor, maps: list[torch.Tensor]) -> None:
-        largest = max(float(feature.abs().max()) for feature in maps)
-        if torch.finfo(self.dtype).max < largest < math.inf:
-            self.dtype = torch.float32
-            if self._need() > self.memory:  # and batches without images may be on their way
-                msg = f"Features of {largest:.3g} need float32, but {self._too_large()} Or set feature_cache to false."
-                raise ValueError(msg)
-            for layer, kept in enumerate(self.maps):
-                self.maps[layer] = kept.float()
-        for kept, feature in zip(self.maps, maps, strict=True):
-            kept[index] = feature.permute(0, 2, 3, 1).to("cpu", self.dtype)
-        self.seen[index] = True
-
-
-def make_feature_cache(
-    trainer: Trainer,
-    pre_processor: Any,  # noqa: ANN401
-    wish: bool | str,
-    dtype: torch.dtype,
-    memory: float | None,
-) -> FeatureCache | None:
-    """Put a cache between the trainer's training data and the model, unless there is a reason not to.
-
-    Args:
-        trainer (Trainer): About to fit.
-        pre_processor (Any): The model's.
-        wish (bool | str): ``True``, ``False`` or ``"auto"``.
-        dtype (torch.dtype): To keep maps in.
+        mode (bool | str): ``False`` for no cache; ``"auto"`` for none, and a line in the log, where images may differ
+            from epoch to epoch or the maps do not fit; ``True`` to raise in these cases, but to trust data sets, data
+            loaders, hooks and callbacks that are not anomalib's.
         memory (float | None): GiB that the maps may take; ``None`` for half of what is free, shared by the processes
             of this machine.
+        dtype (str): ``"float16"`` or ``"float32"``.
+    """
 
-    Returns:
-        FeatureCache | None: ``None`` where there is a reason, with a line in the log.
+    def __init__(
+        self, mode: bool | Literal["auto"], memory: float | None, dtype: Literal["float16", "float32"]
+    ) -> None:
+        self.mode, self.memory = mode, memory
+        self.dtype = {"float16": torch.float16, "float32": torch.float32}[dtype]
+        self.store: FeatureStore | None = None
+        self._logged = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the training data loader wrapped when the trainer asks for it."""
+        if stage == "fit" and self.mode is not False:
+            wrap_dataloaders(trainer.fit_loop, "cache", partial(self._wrap, trainer, pl_module))
+
+    def _wrap(self, trainer: Trainer, pl_module: LightningModule, loader: Any) -> Any:  # noqa: ANN401
+        self.store = None  # frees the memory of an earlier one
+        pre_processor = getattr(pl_module, "pre_processor", None)
+        reason = next(_reasons_against(trainer, loader, pre_processor, trusting=self.mode is True), None)
+        if reason is not None:
+            if not self._logged:  # the trainer may load the data again and again
+                refuse(reason, required=self.mode is True)
+            self._logged = True
+            return loader
+        if self.memory is None:
+            memory = int(free_memory() * _FRACTION_OF_FREE_MEMORY) // trainer.num_devices
+        else:
+            memory = int(self.memory * 2**30)
+        self.store = FeatureStore(len(loader.dataset), self.dtype, memory, required=self.mode is True)
+        dataset = IndexedDataset(loader.dataset, self.store.seen)
+        return clone_dataloader(loader, dataset=dataset, collate_fn=CachedCollate(loader.collate_fn))
+
+    def on_train_epoch_start(self, trainer: Trainer, _pl_module: LightningModule) -> None:
+        """Stop the data loader's workers once they have nothing left to read."""
+        if self.store is not None and self.store.complete:
+            release_workers(trainer.train_dataloader)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, _batch_idx: int) -> None:  # noqa: ANN401
+        """Fill in the features of a cached batch, and remove its images, which later batches do not have."""
+        if isinstance(batch, CachedBatch) and self.store is not None:
+            with trainer.precision_plugin.train_step_context():
+                features = self.store.features(batch, pl_module.model.extract)
+            batch.features, batch.image, batch.gt_mask = features, MissingImages(), None
+
+    def teardown(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:
+        """Free the maps."""
+        if stage == "fit":
+            self._release(trainer)
+
+    def on_exception(self, trainer: Trainer, _pl_module: LightningModule, _exception: BaseException) -> None:
+        """Free the maps."""
+        self._release(trainer)
+
+    def _release(self, trainer: Trainer) -> None:
+        self.store = None
+        wrap_dataloaders(trainer.fit_loop, "cache", None)
+
+
+def iterate_features(trainer: Trainer, pl_module: LightningModule, title: str) -> Iterator[list[torch.Tensor]]:
+    """Pass once over the training images, as they are at the start of training, and fill the cache if there is one.
+
+    Draws no random numbers of the training's: whether there is a pass does not change it.
+
+    Args:
+        trainer (Trainer): In ``on_train_start`` or later.
+        pl_module (LightningModule): With a ``model`` that has ``extract``.
+        title (str): For the progress bar, which is shown where the trainer shows its own.
+
+    Yields:
+        list[torch.Tensor]: Feature maps of a batch in float32, for each layer ``(N, C, h, w)``.
 
     Raises:
-        ValueError: If there is a reason, and ``wish`` is ``True``.
+        ValueError: If the number of batches is not known, so that the pass might never end.
     """
-    if wish is False:
-        return None
-    source = trainer.fit_loop._data_source  # noqa: SLF001
-    loader = source.dataloader()
-    reason = next(_reasons_against(trainer, loader, pre_processor, wish), None)
-    if reason is not None:
-        if wish is True:
-            msg = f"feature_cache is True, but {reason}, or set feature_cache to auto or false."
-            raise ValueError(msg)
-        rank_zero_info(f"feature_cache is off: {reason}.")
-        return None
-    if memory is None:
-        budget = int(_free_memory() * _SHARE_OF_FREE_MEMORY) // trainer.num_devices
-    else:
-        budget = int(memory * 2**30)
-    cache = FeatureCache(loader, dtype, budget, required=wish is True)
-    source.instance = cache.loader
-    trainer.fit_loop._combined_loader = None  # noqa: SLF001  # should something have set the data up already
-    return cache
+    count = trainer.num_training_batches
+    if count == float("inf"):
+        msg = f"{title} needs one pass over the training images, but their number is unknown: set limit_train_batches."
+        raise ValueError(msg)
+    loader = trainer.train_dataloader
+    if isinstance(loader, DataLoader):  # persistent workers have the first epoch's batches ready: use others
+        loader = clone_dataloader(loader)
+    preparing = [
+        callback.on_train_batch_start
+        for callback in trainer.callbacks
+        if isinstance(callback, FeatureCache | PreProcessor)
+    ]
+    bar = trainer.progress_bar_callback
+    hidden = bar is None or not bar.is_enabled or not trainer.is_global_zero
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for index, loaded in enumerate(tqdm(islice(loader, int(count)), title, int(count), disable=hidden)):
+            batch = batch_to_device(trainer, loaded)
+            for prepare in preparing:
+                prepare(trainer, pl_module, batch, index)
+            if isinstance(batch, CachedBatch):
+                features = batch.features
+            else:
+                with trainer.precision_plugin.train_step_context():
+                    features = pl_module.model.extract(batch.image)
+            yield [maps.float() for maps in features]
 
 
-def _reasons_against(trainer: Trainer, loader: Any, pre_processor: Any, wish: bool | str) -> Iterator[str]:  # noqa: ANN401
+def _reasons_against(trainer: Trainer, loader: Any, pre_processor: Any, *, trusting: bool) -> Iterator[str]:  # noqa: ANN401
     """Why images need not be the same in every epoch, and what to change."""
     if trainer.reload_dataloaders_every_n_epochs:
         yield "the trainer reloads the training data: set reload_dataloaders_every_n_epochs to 0"
     if not isinstance(loader, DataLoader):
         yield f"the training data are no DataLoader but {type(loader).__name__}: give one"
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        yield "the DataLoader makes no batches of numbered images: give it a data set with places, and a batch size"
+        yield "the DataLoader makes no batches of numbered images: give it a map-style data set and a batch size"
     rebuilt = trainer.world_size > 1 or trainer.overfit_batches
     if rebuilt and (type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler):
         yield "Lightning cannot build this DataLoader again: give a plain one, with a sampler and a batch size"
-    if wish == "auto" and (custom := _custom_steps(trainer, loader, pre_processor)):
+    if not trusting and (custom := _custom_code(trainer, loader, pre_processor)):
         yield f"{custom} may give other images in every epoch: set feature_cache to true if that is not so"
     augmentations = getattr(loader.dataset, "augmentations", None)
     transforms = [*_flat(augmentations), *_flat(getattr(pre_processor, "transform", None))]
-    if random := [type(step).__name__ for step in transforms if type(step) not in _SAME_EACH_TIME]:
+    if random := [type(step).__name__ for step in transforms if type(step) not in _DETERMINISTIC]:
         yield f"{', '.join(random)} may change the training images in every epoch: leave it out"
-    if not any(isinstance(step, v2.CenterCrop) or _fixes_size(step) for step in transforms):
-        yield "images may differ in size: give the pre-processor a Resize to height and width"
 
 
-def _custom_steps(trainer: Trainer, loader: DataLoader, pre_processor: Any) -> str | None:  # noqa: ANN401
-    """What between file and model is not anomalib's, and so may do anything."""
+def _custom_code(trainer: Trainer, loader: DataLoader, pre_processor: Any) -> str | None:  # noqa: ANN401
+    """What between file and model is not anomalib's or Lightning's, and so may do anything."""
+    if type(loader) is not DataLoader:
+        return type(loader).__name__
     if loader.dataset.__class__.__module__.partition(".")[0] != "anomalib":
         return loader.dataset.__class__.__name__
     if loader.collate_fn != loader.dataset.collate_fn:
         return "the DataLoader's collate_fn"
     if pre_processor is not None and type(pre_processor) is not PreProcessor:
         return type(pre_processor).__name__
-    for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
-        for owner in (trainer.lightning_module, trainer.datamodule):
-            if owner is not None and getattr(type(owner), hook) is not getattr(DataHooks, hook):
+    for owner in (trainer.lightning_module, trainer.datamodule, *trainer.callbacks):
+        for hook in _HOOKS_WITH_A_BATCH:
+            method = getattr(owner, hook, None)
+            if method is not None and method.__module__.partition(".")[0] not in _KNOWN_PACKAGES:
                 return f"{type(owner).__name__}.{hook}"
     return None
 
 
-def _free_memory() -> int:
-    free = psutil.virtual_memory().available
-    for *names, statistics, reclaimable in _LIMITS_OF_CONTAINERS:
-        try:
-            limit, used = (int((_CONTAINER / name).read_text()) for name in names)
-            kept_files = dict(line.split() for line in (_CONTAINER / statistics).read_text().splitlines())[reclaimable]
-            free = min(free, limit - used + int(kept_files))
-        except (OSError, ValueError, KeyError):  # no container of this kind, or no limit: "max"
-            continue
-    return max(0, free)
-
-
 def _flat(transform: Any) -> Iterator[Any]:  # noqa: ANN401
-    if isinstance(transform, v2.Compose):
+    if type(transform) is v2.Compose:  # a subclass may do anything
         for step in transform.transforms:
             yield from _flat(step)
     elif transform is not None:
         yield transform
-
-
-def _fixes_size(step: Any) -> bool:  # noqa: ANN401
-    return isinstance(step, v2.Resize) and isinstance(step.size, Sequence) and len(step.size) == 2
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2g} GiB"
-
-
-class _Indexed(Dataset):
-    """A data set that gives each item with its place, but none that was seen."""
-
-    def __init__(self, dataset: Dataset, seen: torch.Tensor) -> None:
-        self.dataset, self.seen = dataset, seen
-
-    def __len__(self) -> int:
-        return len(self.seen)
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, None if self.seen[index] else self.dataset[index]
-
-
-class _Collate:
-    """Makes a :class:`CachedBatch` of what :class:`_Indexed` gives."""
-
-    def __init__(self, collate: Callable) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[tuple[int, Any]]) -> CachedBatch:
-        index, items = zip(*samples, strict=True)
-        unseen = [position for position, item in enumerate(items) if item is not None]
-        if not unseen:
-            return CachedBatch(list(index), unseen)
-        batch = self.collate([items[position] for position in unseen])
-        return CachedBatch(list(index), unseen, batch.image, batch.gt_mask)

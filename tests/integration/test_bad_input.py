@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from anomalib.data import PredictDataset
+from anomalib.data import ImageItem, PredictDataset
+from anomalib.data.datasets.image.folder import FolderDataset
 from anomalib.engine import Engine
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from anomalib_simplenet import SimpleNet
 
@@ -35,7 +37,7 @@ def odd(kind: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", ["grey", "rgba", "grey 16 bit", "palette", "black and white", "wide"])
-def test_odd_images_among_others_of_another_size_train_test_and_predict(pictures: Path, kind: str) -> None:
+def test_simplenet_trains_tests_and_predicts_odd_images(pictures: Path, kind: str) -> None:
     for part in ("train/good", "test/good", "test/bad"):
         odd(kind).save(pictures / part / "000.png")
     Image.new("L", odd(kind).size, 255).save(pictures / "ground_truth" / "bad" / "000.png")
@@ -91,11 +93,97 @@ def test_an_empty_or_missing_training_folder_is_named(pictures: Path) -> None:
         train(pictures)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture at all"])
-def test_a_corrupt_image_is_named(pictures: Path, content: bytes) -> None:
-    (pictures / "train" / "good" / "001.png").write_bytes(content)
-    with pytest.raises(Exception, match=r"001\.png"):
-        train(pictures)
+def damage(path: Path, kind: str) -> None:
+    whole = path.read_bytes()
+    if kind == "chunk":  # for which Pillow raises SyntaxError
+        whole = whole.replace(b"IDAT", b"\x00\x01\x02\x03")
+    path.write_bytes({"empty": b"", "text": b"no picture at all", "cut off": whole[:-2000], "chunk": whole}[kind])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["empty", "text", "cut off", "chunk"])
+def test_unreadable_image_is_named(pictures: Path, kind: str, workers: int) -> None:
+    damage(pictures / "train" / "good" / "001.png", kind)
+    with pytest.raises(ValueError, match=r"001\.png, or its mask, cannot be read: .*Replace or remove the file"):
+        train(pictures, num_workers=workers)
+
+
+def test_unreadable_image_is_named_in_prediction(pictures: Path) -> None:
+    path = pictures / "test" / "bad" / "000.png"
+    damage(path, "cut off")
+    engine = Engine(default_root_dir=pictures.parent / "predicted", accelerator="cpu")
+    with pytest.raises(ValueError, match=r"bad/000\.png, or its mask, cannot be read: OSError"):
+        engine.predict(tiny_model(), dataset=PredictDataset(path))
+
+
+class ArrayDataset(FolderDataset):
+    """Reads NumPy files, which Pillow cannot open, by anomalib's table of paths."""
+
+    def __getitem__(self, index: int) -> ImageItem:
+        path = self.samples.iloc[index].image_path
+        image = torch.from_numpy(np.load(path)).permute(2, 0, 1).float() / 255
+        return ImageItem(image=image, gt_label=torch.tensor(0), image_path=path)
+
+
+class BrokenDataset(FolderDataset):
+    """Fails for a reason of its own."""
+
+    def __getitem__(self, index: int) -> ImageItem:
+        msg = f"no sensor data for {index}"
+        raise OSError(msg)
+
+
+def arrays(pictures: Path, kind: type[FolderDataset]) -> DataLoader:
+    root = pictures / "arrays"
+    root.mkdir()
+    for path in (pictures / "train" / "good").iterdir():
+        with Image.open(path) as image:
+            np.save(root / f"{path.stem}.npy", np.asarray(image))
+    dataset = kind("arrays", normal_dir=root, extensions=(".npy",))
+    return DataLoader(dataset, batch_size=2, collate_fn=dataset.collate_fn)
+
+
+def test_dataset_that_pillow_cannot_read_trains(pictures: Path) -> None:
+    model = tiny_model()
+    engine = Engine(max_epochs=2, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    engine.fit(model, train_dataloaders=arrays(pictures, ArrayDataset))
+    assert engine.trainer.global_step == 6
+
+
+def test_error_of_a_dataset_is_not_reported_as_an_unreadable_image(pictures: Path) -> None:
+    engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    with pytest.raises(OSError, match=r"^no sensor data for 0$"):
+        engine.fit(tiny_model(), train_dataloaders=arrays(pictures, BrokenDataset))
+
+
+def test_augmentation_error_is_not_reported_as_an_unreadable_image(pictures: Path) -> None:
+    def fail(_image: torch.Tensor, _mask: torch.Tensor) -> None:
+        msg = "no such augmentation"
+        raise ZeroDivisionError(msg)
+
+    data = folder_data(pictures)
+    data.setup()
+    data.train_data.augmentations = fail
+    loader = DataLoader(data.train_data, batch_size=2, collate_fn=data.train_data.collate_fn)
+    engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    with pytest.raises(ZeroDivisionError, match=r"^no such augmentation$"):
+        engine.fit(tiny_model(), train_dataloaders=loader)
+
+
+def test_training_opens_no_image_twice(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *rest: (opened.append(Path(path).stem), original(path, *rest))[1])
+    engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "r", accelerator="cpu", limit_val_batches=0)
+    engine.fit(tiny_model(), datamodule=folder_data(pictures))
+    assert sorted(opened) == ["000", "000", "001", "002", "003", "004"]  # of the first, the header, for its bits
+
+
+def test_images_of_16_bits_are_warned_of_once(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for path in (pictures / "train" / "good").iterdir():
+        odd("grey 16 bit").save(path)
+    train(pictures)
+    assert caplog.text.count("000.png has more than 8 bits a pixel (I;16)") == 1
 
 
 def test_a_results_folder_that_cannot_be_written_is_named_before_training(pictures: Path) -> None:

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,15 @@ import torch
 from anomalib.data import ImageBatch, ImageItem
 from anomalib.engine import Engine
 from lightning import seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
 from anomalib_simplenet import SimpleNet
-from anomalib_simplenet.callbacks import feature_cache
+from anomalib_simplenet.callbacks import feature_store
+from anomalib_simplenet.callbacks.feature_cache import FeatureCache
+from anomalib_simplenet.callbacks.feature_store import CachedBatch, FeatureStore
 
 from .conftest import TINY, folder_data, tiny_model
 
@@ -79,7 +82,7 @@ def head(model: SimpleNet) -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
-def test_in_float32_the_training_is_that_without_cache(pictures: Path, settings: dict) -> None:
+def test_float32_cache_trains_as_without_cache(pictures: Path, settings: dict) -> None:
     plain, plain_model, _ = fit(pictures, feature_cache=False, **settings)
     cached, cached_model, _ = fit(pictures, feature_cache=True, feature_cache_dtype="float32", **settings)
     assert sum(cached.extracted) < sum(plain.extracted)
@@ -90,7 +93,7 @@ def test_in_float32_the_training_is_that_without_cache(pictures: Path, settings:
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6)
 
 
-def test_each_image_is_read_and_extracted_once(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feature_cache_reads_and_extracts_each_image_once(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     data = folder_data(pictures)
     data.setup()
@@ -101,37 +104,68 @@ def test_each_image_is_read_and_extracted_once(pictures: Path, monkeypatch: pyte
     assert sorted(read) == [0, 1, 2, 3, 4]
     assert sum(watch.extracted) == 5
     assert len(watch.losses) == 9
-    assert model._cache is None
+    assert all(cb.store is None for cb in model.trainer.callbacks if isinstance(cb, FeatureCache))
 
 
-def test_half_precision_changes_the_training_little(pictures: Path) -> None:
+def test_float16_cache_changes_training_little(pictures: Path) -> None:
     plain, _, _ = fit(pictures, feature_cache=False)
     half, _, _ = fit(pictures)
     assert half.losses != plain.losses
     torch.testing.assert_close(half.losses, plain.losses, rtol=1e-3, atol=1e-3)
 
 
-def test_maps_beyond_half_precision_are_kept_in_full(pictures: Path) -> None:
-    class Large(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Conv2d(3, 4, 3, stride=4, bias=False)
-            torch.nn.init.constant_(self.layer.weight, 1e5)
+class Affine(torch.nn.Module):
+    """A backbone whose features have a given scale and offset."""
 
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.layer(images)
+    def __init__(self, scale: float, offset: float) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 4, 3, stride=4)
+        torch.nn.init.normal_(self.layer.weight, 0, scale / 27**0.5, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.constant_(self.layer.bias, offset)
 
-    plain, _, _ = fit(pictures, backbone=Large(), layers=["layer"], feature_cache=False)
-    cached, _, _ = fit(pictures, backbone=Large(), layers=["layer"])
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(images)
+
+
+NOT_FOR_FLOAT16 = [(1e-6, 0.0), (1.0, 3000.0), (1e5, 0.0)]
+
+
+@pytest.mark.parametrize(("scale", "offset"), NOT_FOR_FLOAT16)
+def test_float16_cache_becomes_float32_where_features_need_it(pictures: Path, scale: float, offset: float) -> None:
+    settings = {"layers": ["layer"], "whiten": True}
+    plain, _, _ = fit(pictures, backbone=Affine(scale, offset), feature_cache=False, **settings)
+    cached, _, _ = fit(pictures, backbone=Affine(scale, offset), **settings)
+    assert sum(cached.extracted) == 5
     assert cached.losses == pytest.approx(plain.losses, rel=1e-5)
 
 
-def test_maps_that_outgrow_the_memory_in_float32_say_so(pictures: Path) -> None:
-    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 4, stride=4, bias=False))
-    torch.nn.init.constant_(backbone[0].weight, 1e5)
+def test_feature_cache_is_off_where_only_float32_does_not_fit(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
     half = 5 * 4 * 16 * 16 * 2 / 2**30
-    with pytest.raises(ValueError, match=r"Features of .*e\+06 need float32, but .* feature_cache to false"):
-        fit(pictures, backbone=backbone, layers=["0"], feature_cache_memory=1.5 * half)
+    with caplog.at_level(logging.INFO):
+        watch, _, _ = fit(pictures, backbone=Affine(1e5, 0), layers=["layer"], feature_cache_memory=1.5 * half)
+    assert sum(watch.extracted) == 15
+    assert "GiB as float32, more than" in caplog.text
+
+
+@pytest.mark.parametrize(("scale", "offset"), [*NOT_FOR_FLOAT16, (1.0, float("nan"))])
+def test_feature_store_keeps_no_maps_that_float16_cannot_represent(
+    scale: float, offset: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FeatureStore(4, torch.float16, 2**30, required=True)
+    noise = torch.Generator().manual_seed(0)
+    usual = torch.randn(2, 3, 8, 8, generator=noise)
+    unusual = torch.randn(2, 3, 8, 8, generator=noise) * scale + offset
+    images = [torch.zeros(2, 3, 8, 8)] * 2
+    store.features(CachedBatch([0, 1], [0, 1], image=images[0]), lambda _: [usual])
+    with caplog.at_level(logging.INFO):
+        (given,) = store.features(CachedBatch([2, 3], [0, 1], image=images[1]), lambda _: [unusual])
+    assert torch.equal(given.nan_to_num(), unusual.nan_to_num())
+    assert store.seen.tolist() == [True, True, False, False]
+    assert "cannot represent" in caplog.text
+    mixed = CachedBatch([3, 1, 2], [0, 2], image=images[0])
+    (given,) = store.features(mixed, lambda _: [unusual])
+    assert torch.equal(given[[0, 2]].nan_to_num(), unusual.nan_to_num())
+    torch.testing.assert_close(given[1], usual[1], rtol=1e-3, atol=1e-4)
 
 
 class Planner(SimpleNet):
@@ -142,7 +176,7 @@ class Planner(SimpleNet):
         return super().configure_optimizers()
 
 
-def test_data_that_was_set_up_early_is_set_up_again(pictures: Path) -> None:
+def test_feature_cache_works_where_data_was_set_up_early(pictures: Path) -> None:
     pre_processor = SimpleNet.configure_pre_processor((64, 64))
     model, watch = Planner(**TINY, pre_processor=pre_processor), Watch()
     engine = Engine(callbacks=[watch], max_epochs=2, accelerator="cpu", default_root_dir=pictures.parent / "r")
@@ -151,7 +185,7 @@ def test_data_that_was_set_up_early_is_set_up_again(pictures: Path) -> None:
     assert sum(watch.extracted) == 5
 
 
-def test_workers_that_stay_have_the_first_epochs_images_and_leave_in_the_end(pictures: Path) -> None:
+def test_persistent_workers_stop_once_the_cache_is_complete(pictures: Path) -> None:
     data = folder_data(pictures)
     data.setup()
     loader = DataLoader(
@@ -166,17 +200,40 @@ def test_workers_that_stay_have_the_first_epochs_images_and_leave_in_the_end(pic
 
 
 class Nosy(Callback):
-    def on_train_batch_end(self, _trainer: object, _model: object, _outputs: object, batch: object, _n: int) -> None:
-        self.paths = batch.image_path
+    """Uses the batch's images."""
+
+    def __init__(self, use: Callable[[ImageBatch], object], hook: str) -> None:
+        setattr(self, hook, lambda _trainer, _model, *arguments: use(next(filter(is_batch, arguments))))
 
 
-def test_a_callback_that_needs_the_images_is_told_what_to_set(pictures: Path) -> None:
-    with pytest.raises(AttributeError, match=r"no image_path: images are not read again\. Set feature_cache"):
-        fit(pictures, trainer={"max_epochs": 1}, callbacks=[Nosy()])
-    fit(pictures, trainer={"max_epochs": 1}, callbacks=[Nosy()], feature_cache=False)
+def is_batch(argument: object) -> bool:
+    return isinstance(argument, ImageBatch | CachedBatch)
 
 
-def test_resuming_fills_it_again_and_goes_on_as_without_cache(pictures: Path) -> None:
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda batch: batch.image.mean(),
+        lambda batch: batch.image + 0.1,
+        lambda batch: torch.rand_like(batch.image),
+        lambda batch: torch.ones(()) * batch.image,
+        lambda batch: len(batch.image),
+        lambda batch: batch.image[0],
+        lambda batch: batch.image_path[0],
+    ],
+    ids=range(7),
+)
+def test_cached_batch_says_how_to_get_its_images(
+    pictures: Path, use: Callable[[ImageBatch], object], hook: str
+) -> None:
+    callbacks, trainer = [Nosy(use, hook)], {"max_epochs": 2, "limit_val_batches": 0}
+    with pytest.raises(AttributeError, match=r"not read again\. Set feature_cache to false"):
+        fit(pictures, trainer=trainer, callbacks=callbacks, feature_cache=True)
+    fit(pictures, trainer=trainer, callbacks=callbacks, feature_cache=False)
+
+
+def test_feature_cache_resumes_as_without_cache(pictures: Path) -> None:
     losses = []
     for cache in (False, True):
         settings = {"feature_cache": cache, "feature_cache_dtype": "float32"}
@@ -216,12 +273,18 @@ class Stream(IterableDataset):
         return iter(self.dataset[index] for index in range(len(self.dataset)))
 
 
+class AugmentingLoader(DataLoader):
+    """May do anything to the batches."""
+
+
 def loader(pictures: Path, kind: str) -> DataLoader:
     data = folder_data(pictures)
     data.setup()
     if kind == "anomalib":
         sampler = torch.utils.data.RandomSampler(data.train_data, replacement=True, num_samples=12)
         return DataLoader(data.train_data, batch_size=2, collate_fn=data.train_data.collate_fn, sampler=sampler)
+    if kind == "augmenting":
+        return AugmentingLoader(data.train_data, batch_size=2, collate_fn=data.train_data.collate_fn)
     dataset = Recoded(pictures) if kind == "foreign" else Stream(Recoded(pictures))
     return DataLoader(dataset, batch_size=2, collate_fn=data.train_data.collate_fn)
 
@@ -233,17 +296,31 @@ def loader(pictures: Path, kind: str) -> DataLoader:
         ("foreign", "auto", "always"),
         ("foreign", True, "once"),
         ("stream", "auto", "always"),
+        ("augmenting", "auto", "always"),
+        ("augmenting", True, "once"),
     ],
 )
-def test_the_users_own_data_loaders(pictures: Path, kind: str, wish: bool | str, extracted: str) -> None:
+def test_feature_cache_takes_own_data_loaders(pictures: Path, kind: str, wish: bool | str, extracted: str) -> None:
     seed_everything(0, verbose=False)
     model, watch = tiny_model(feature_cache=wish), Watch()
     own = loader(pictures, kind)
     dataset, collate = own.dataset, own.collate_fn
     engine = Engine(callbacks=[watch], max_epochs=3, accelerator="cpu", default_root_dir=pictures.parent / "r")
     engine.fit(model, train_dataloaders=own)
-    assert (sum(watch.extracted) < 10) == (extracted == "once")  # a sampler may deal an image twice in a batch
+    assert (sum(watch.extracted) < 10) == (extracted == "once")  # a sampler may assign an image twice in a batch
     assert (own.dataset, own.collate_fn) == (dataset, collate)
+
+
+class Augmenting(v2.Compose):
+    """What is not in its list of transforms may be anything."""
+
+
+class Augmenter(Callback):
+    """Alters images in each step, but for cached batches."""
+
+    def on_train_batch_start(self, _trainer: object, _model: object, batch: ImageBatch, _index: int) -> None:
+        if isinstance(batch.image, torch.Tensor):
+            batch.image = batch.image + torch.rand_like(batch.image)
 
 
 FLIP = v2.RandomHorizontalFlip()
@@ -253,7 +330,12 @@ REASONS = [
         {"pre_processor": v2.Compose([v2.Resize((64, 64)), v2.ColorJitter(0.5)])},
         "ColorJitter may change the training images",
     ),
-    ({"pre_processor": v2.Compose([v2.Normalize([0.5] * 3, [0.5] * 3)])}, "images may differ in size"),
+    ({"pre_processor": Augmenting([v2.Resize((64, 64))])}, "Augmenting may change the training images"),
+    ({"callbacks": [Augmenter()]}, "Augmenter.on_train_batch_start may give other images"),
+    (
+        {"callbacks": [LambdaCallback(on_train_batch_start=lambda *_: None)]},
+        "LambdaCallback.on_train_batch_start may give other images",
+    ),
     (
         {"data": {"external_collate_fn": lambda items: ImageBatch.collate(list(items))}},
         "collate_fn may give other images",
@@ -264,7 +346,7 @@ REASONS = [
 
 
 @pytest.mark.parametrize(("settings", "reason"), REASONS, ids=[reason for _, reason in REASONS])
-def test_where_images_may_change_or_maps_do_not_fit_auto_is_off_and_true_raises(
+def test_feature_cache_is_off_or_raises_with_a_reason(
     pictures: Path, settings: dict, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     from anomalib.pre_processing import PreProcessor
@@ -297,24 +379,107 @@ def test_where_images_may_change_or_maps_do_not_fit_auto_is_off_and_true_raises(
         ({"distance_weight": 2.4}, "distance_weight is 2.4, .* set whiten to true"),
     ],
 )
-def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
+def test_simplenet_names_wrong_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model(**arguments)
 
 
-def test_the_memory_of_a_container_is_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_cache, "_CONTAINER", tmp_path)
-    of_the_machine = feature_cache._free_memory()
-    for folder, names in (
-        (tmp_path, ("memory.max", "memory.current", "inactive_file")),
-        (tmp_path / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
-    ):
-        folder.mkdir(exist_ok=True)
-        for limit, expected in (("3000\n", 2200), ("500\n", 0), ("max\n", of_the_machine)):
-            (folder / names[0]).write_text(limit)
-            (folder / names[1]).write_text("1000\n")
-            (folder / "memory.stat").write_text(f"anon 800\n{names[2]} 200\n")
-            assert feature_cache._free_memory() == pytest.approx(expected, rel=0.2)
+@pytest.mark.parametrize(
+    ("line", "root", "names"),
+    [
+        ("0::/jobs/mine", "", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:cpu,memory:/jobs/mine",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("limited", ["", "jobs", "jobs/mine"])
+def test_free_memory_respects_each_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, root: str, names: tuple[str, ...], limited: str
+) -> None:
+    monkeypatch.setattr(feature_store, "_CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(feature_store, "_OWN_CONTROL_GROUPS", tmp_path / "own")
+    of_the_machine = feature_store.free_memory()
+    (tmp_path / "own").write_text(f"9:name=systemd:/\n{line}\n")
+    for limit, expected in (("3000\n", 2200), ("500\n", 0), ("max\n", of_the_machine)):
+        for folder in ("", "jobs", "jobs/mine"):
+            group = tmp_path / root / folder
+            group.mkdir(parents=True, exist_ok=True)
+            (group / names[0]).write_text(limit if folder == limited else f"{2**62}\n")
+            (group / names[1]).write_text("1000\n")
+            (group / "memory.stat").write_text(f"anon 800\n{names[2]} 200\n")
+        assert feature_store.free_memory() == pytest.approx(expected, rel=0.2)
+
+
+def test_feature_cache_is_off_where_images_differ_in_size(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from anomalib.pre_processing import PreProcessor
+
+    crop = v2.Compose([v2.CenterCrop((64, 64)), v2.Normalize([0.5] * 3, [0.5] * 3)])
+    cached, _, _ = fit(pictures, pre_processor=PreProcessor(transform=crop))
+    assert sum(cached.extracted) == 5  # all of one size
+    Image.new("RGB", (200, 100), (10, 90, 40)).save(pictures / "train" / "good" / "004.png")
+    plain, _, _ = fit(pictures, pre_processor=PreProcessor(transform=crop), feature_cache=False)
+    with caplog.at_level(logging.INFO):
+        mixed, _, _ = fit(pictures, pre_processor=PreProcessor(transform=crop))
+    assert mixed.losses == pytest.approx(plain.losses, rel=1e-3)
+    assert sum(mixed.extracted) > 10
+    assert "feature_cache is off: training images differ in size (3 x 80 x 64 and 3 x 100 x 200)" in caplog.text
+    with pytest.raises(ValueError, match=r"feature_cache is True, but training images differ in size .* a Resize"):
+        fit(pictures, pre_processor=PreProcessor(transform=crop), feature_cache=True)
+
+
+class OwnStep(SimpleNet):
+    """Alters images in a hook of the model."""
+
+    def training_step(self, batch: ImageBatch, *args: object) -> torch.Tensor:
+        batch.image = batch.image + torch.rand_like(batch.image)
+        return super().training_step(batch, *args)
+
+
+class OwnTransfer(SimpleNet):
+    """Counts the batches that go through a hook of the model."""
+
+    batches = 0
+
+    def on_before_batch_transfer(self, batch: ImageBatch, _loader: int) -> ImageBatch:
+        self.batches += self.training
+        return batch
+
+
+@pytest.mark.parametrize("kind", [OwnStep, OwnTransfer])
+def test_feature_cache_is_off_where_a_subclass_handles_batches(pictures: Path, kind: type[SimpleNet]) -> None:
+    model, watch = kind(**TINY, pre_processor=SimpleNet.configure_pre_processor((64, 64))), Watch()
+    engine = Engine(callbacks=[watch], max_epochs=3, accelerator="cpu", default_root_dir=pictures.parent / "r")
+    engine.fit(model, datamodule=folder_data(pictures))
+    assert sum(watch.extracted) == 15
+
+
+def test_whitening_pass_calls_the_models_transfer_hooks(pictures: Path) -> None:
+    model = OwnTransfer(**TINY, pre_processor=SimpleNet.configure_pre_processor((64, 64)), whiten=True)
+    engine = Engine(max_epochs=1, accelerator="cpu", default_root_dir=pictures.parent / "r", limit_val_batches=0)
+    engine.fit(model, datamodule=folder_data(pictures))
+    assert model.batches == 3 + 3
+
+
+def test_whitening_pass_over_a_stream_needs_a_number_of_batches(pictures: Path) -> None:
+    settings = {"max_epochs": 1, "accelerator": "cpu", "default_root_dir": pictures.parent / "r"}
+    stream = loader(pictures, "stream")
+    with pytest.raises(ValueError, match=r"Whitening needs one pass .* number is unknown: set limit_train_batches"):
+        Engine(**settings).fit(tiny_model(whiten=True), train_dataloaders=stream)
+    model = tiny_model(whiten=True)
+    Engine(**settings, limit_train_batches=3).fit(model, train_dataloaders=stream)
+    assert model.model.whitening.fitted
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_whitening_pass_shows_progress_where_the_trainer_does(
+    pictures: Path, shown: bool, capfd: pytest.CaptureFixture
+) -> None:
+    trainer = {"max_epochs": 1, "limit_val_batches": 0, "enable_progress_bar": shown}
+    fit(pictures, trainer=trainer, whiten=True)
+    assert ("Whitening" in capfd.readouterr().err) == shown
 
 
 TWO_PROCESSES = """
@@ -340,7 +505,7 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_train_as_without_cache_though_the_sampler_deals_anew(pictures: Path, tmp_path: Path) -> None:
+def test_feature_cache_trains_two_processes_as_without_cache(pictures: Path, tmp_path: Path) -> None:
     script = tmp_path / "two_processes.py"
     script.write_text(TWO_PROCESSES)
     root = Path(__file__).parents[2]

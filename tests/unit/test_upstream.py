@@ -1,10 +1,16 @@
 """What anomalib, Lightning and torch do not promise and this package leans on: each with what breaks without it."""
 
+import multiprocessing
 from importlib import import_module
 from inspect import signature
 from operator import attrgetter
 
 import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from anomalib_simplenet.compat import batch_to_device, clone_dataloader, release_workers, wrap_dataloaders
 
 INTERNALS = [
     ("anomalib.models.image", "Padim", "registry.py imports SimpleNet right after this module, which holds the models"),
@@ -15,18 +21,10 @@ INTERNALS = [
         "the paper's 160 epochs are set when a trainer comes",
     ),
     ("anomalib.models.components.base.export_mixin", "ExportMixin.to_onnx", "export/exporter.py exports through it"),
-    (
-        "anomalib.pipelines.benchmark",
-        "Benchmark",
-        "models built from this package have no AUPRO: its table fails on it",
-    ),
     ("anomalib.utils.path", "generate_output_filename", "report.py finds the visualizer's pictures by it"),
     ("anomalib.post_processing", "PostProcessor.normalized_image_threshold", "the report's thresholds"),
     ("anomalib.post_processing", "PostProcessor.normalized_pixel_threshold", "the report's thresholds"),
     ("anomalib.visualization", "ImageVisualizer.on_test_batch_end", "visualizer.py draws image by image through it"),
-    ("anomalib.data", "PredictDataset", "trainer.py takes image_filenames from it"),
-    ("lightning.pytorch.trainer.connectors.data_connector", "_DataLoaderSource.dataloader", "trainer.py wraps it"),
-    ("lightning.pytorch.overrides.distributed", "UnrepeatedDistributedSampler", "tests by several processes"),
     (
         "anomalib.models.components.feature_extractors.timm",
         "_disable_pos_embed_antialiasing",
@@ -36,21 +34,10 @@ INTERNALS = [
     ("huggingface_hub.constants", "ENDPOINT", "compat.py asks the hub once whether it is reachable"),
     ("huggingface_hub.constants", "HF_HUB_ETAG_TIMEOUT", "compat.py waits for the hub's answer as long"),
     ("huggingface_hub.utils", "get_session", "compat.py asks the hub once whether it is reachable"),
-    ("torch.distributed.nn.functional", "all_reduce", "batch norm over several processes"),
+    ("anomalib.data", "PredictDataset", "unreadable_images.py takes image_filenames from it"),
 ]
 ATTRIBUTES = [
-    ("fit_loop._data_source.instance", "feature_cache.py and trainer.py put their data loaders there"),
-    ("fit_loop._combined_loader", "feature_cache.py clears it"),
-    ("fit_loop.epoch_loop.val_loop._data_source", "trainer.py wraps it"),
-    ("validate_loop._data_source", "trainer.py wraps it"),
-    ("test_loop._data_source", "trainer.py wraps it"),
-    ("predict_loop._data_source", "trainer.py wraps it"),
-    ("predict_loop.max_batches", "the warning about predictions that are kept"),
-    ("strategy.checkpoint_io", "trainer.py checks checkpoints there"),
-    ("_default_root_dir", "trainer.py has all processes write to one folder"),
-    ("_accelerator_connector.use_distributed_sampler", "trainer.py leaves samplers alone where the user said so"),
     ("check_val_every_n_epoch", "validation after the last epoch only"),
-    ("fit_loop._can_stop_early", "validation at a stop, but not at one that min_epochs holds back"),
     ("fit_loop.epoch_loop.val_loop.run", "validation after the last epoch if a callback ended training there"),
 ]
 
@@ -65,8 +52,6 @@ def test_what_this_package_leans_on_is_there(module: str, name: str, use: str) -
 
 @pytest.mark.parametrize(("name", "use"), ATTRIBUTES, ids=[name for name, _ in ATTRIBUTES])
 def test_what_this_package_leans_on_in_the_trainer_is_there(name: str, use: str) -> None:
-    from lightning.pytorch import Trainer
-
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     try:
         attrgetter(name)(trainer)
@@ -106,3 +91,76 @@ def test_mark_precise_keeps_a_product_in_float32() -> None:
     if "bf16" not in precisions(mark=False):
         pytest.skip("this processor does not compute in bfloat16")
     assert "bf16" not in precisions(mark=True)
+
+
+class Numbers(LightningModule):
+    """Collects what it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.batches: list[list[int]] = []
+
+    def on_before_batch_transfer(self, batch: torch.Tensor, _loader: int) -> torch.Tensor:
+        return batch + 100
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        self.batches.append(batch.tolist())
+        return self.weight * 0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def numbers_trainer() -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+
+
+def test_wrap_dataloaders_is_used_by_the_trainers_loops() -> None:
+    trainer, loader = numbers_trainer(), DataLoader([0, 1, 2], batch_size=2)
+    loops = [trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
+    for loop in [*loops, trainer.fit_loop.epoch_loop.val_loop]:
+        wrap_dataloaders(loop, "first", lambda _: DataLoader([5, 6, 7], batch_size=3))
+        wrap_dataloaders(loop, "second", lambda given: [*given, [8]])
+        wrap_dataloaders(loop, "second", lambda given: given)  # replaces
+    model = Numbers()
+    trainer.fit(model, loader)
+    assert model.batches == [[105, 106, 107]], "Lightning's loops no longer ask their _data_source for data loaders"
+    wrap_dataloaders(trainer.fit_loop, "first", None)
+    again = numbers_trainer()
+    again.fit(model, loader)
+    assert model.batches[1:] == [[100, 101], [102]]
+
+
+def test_clone_dataloader_reads_other_data_with_workers_of_its_own() -> None:
+    loader = DataLoader([0, 1], batch_size=2, num_workers=1, persistent_workers=True)
+    assert [batch.tolist() for batch in loader] == [[0, 1]]
+    clone = clone_dataloader(loader, dataset=[3, 4])
+    changed = "torch's DataLoader no longer reads the dataset attribute, or keeps workers elsewhere than in _iterator"
+    assert [batch.tolist() for batch in clone] == [[3, 4]], changed
+    assert [batch.tolist() for batch in loader] == [[0, 1]], changed
+
+
+def test_release_workers_stops_persistent_workers() -> None:
+    before = set(multiprocessing.active_children())
+    loader = DataLoader([0, 1], batch_size=2, num_workers=1, persistent_workers=True)
+    list(loader)
+    assert set(multiprocessing.active_children()) > before
+    release_workers(loader)
+    left = set(multiprocessing.active_children()) - before
+    assert not left, "torch's DataLoader keeps persistent workers elsewhere than in _iterator"
+    assert [batch.tolist() for batch in loader] == [[0, 1]]
+
+
+def test_batch_to_device_calls_the_transfer_hooks() -> None:
+    trainer, model = numbers_trainer(), Numbers()
+    trainer.fit(model, DataLoader([0], batch_size=1))
+    moved = batch_to_device(trainer, torch.tensor([1]))
+    assert moved.tolist() == [101], "Lightning's LightningModule._on_before_batch_transfer no longer calls the hook"
