@@ -1,10 +1,12 @@
-# make quickstart: environment, SimpleNet trained on real photographs, tested, exported, pictures.
-# make test: environment, all tests.
+# make quickstart: makes .venv, trains, tests and exports SimpleNet on real photographs, and predicts.
+# make test: makes .venv and runs all tests.
+# make trials: the tests with kills, unreadable images, wrong options and large folders, repeated many times.
+# make matrix: the tests with other versions of Python, torch and anomalib.
+# make clean: removes build and tool caches. make distclean: removes .venv as well.
 PYTHON ?= python3
 BIN := .venv/bin
 
-# make trials: kills, odd images and options, large folders, many times. make matrix: other versions.
-.PHONY: quickstart test trials matrix lint clean
+.PHONY: quickstart test trials matrix lint clean distclean
 
 quickstart: .venv/quickstart
 	$(BIN)/python -m anomalib_simplenet.quickstart
@@ -24,7 +26,10 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf .venv
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

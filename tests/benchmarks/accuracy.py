@@ -5,7 +5,7 @@
     python tests/benchmarks/accuracy.py --data elpv_mono elpv_poly elpv_synthetic --seeds 0 1 2 3 4
     python tests/benchmarks/accuracy.py --data magnetic_tile    # its images in datasets/magnetic_tile, as MVTec AD's
 
-Data are those of ``configs/benchmark/*.yaml``, split once for all: anomalib's validation half of the test images is
+Data are those of ``configs/benchmark/edge.yaml``, split once for all: anomalib's validation half of the test images is
 what settings were tuned on and what thresholds are chosen on; figures are those of the other half, of the last epoch.
 Every model gets the same backbone, layers and images of 256 x 256. Each run adds a line to ``results/accuracy.csv``;
 runs found there are not run again.
@@ -72,7 +72,7 @@ MODELS: dict[str, tuple[Callable[..., AnomalibModule], int]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prepare", action="store_true", help="make the folders under datasets/, do not train")
-    parser.add_argument("--data", nargs="+", default=["elpv_mono"], help="files of configs/benchmark")
+    parser.add_argument("--data", nargs="+", default=["elpv_mono"], help="data_sets of configs/benchmark/edge.yaml")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--backbones", nargs="+", default=["efficientnet_lite0"], help="folders of datasets/")
     parser.add_argument("--images", nargs="+", type=int, help="train on so many images, drawn with the seed")
@@ -102,9 +102,7 @@ def run(data: str, backbone: str, model: str, images: int | None, epochs: int, s
     settings["epochs"] = epochs
     if any(all(row[name] == str(value) for name, value in settings.items()) for row in rows()):
         return
-    folder = Folder(
-        **yaml.safe_load(Path(f"configs/benchmark/{data}.yaml").read_text())["benchmark"]["data"]["init_args"]
-    )
+    folder = Folder(**yaml.safe_load(Path("configs/benchmark/edge.yaml").read_text())["data_sets"][data]["init_args"])
     folder.num_workers = 0
     if images:
         folder.setup()

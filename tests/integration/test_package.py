@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "anomalib_simplenet"
-FILES = {path.relative_to(ROOT).as_posix() for path in (*PACKAGE.rglob("*.py"), PACKAGE / "py.typed")}
+PRESETS = {f"anomalib_simplenet/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+FILES = PRESETS | {path.relative_to(ROOT).as_posix() for path in (*PACKAGE.rglob("*.py"), PACKAGE / "py.typed")}
 
 pytestmark = pytest.mark.skipif(
     any(find_spec(module) is None for module in ("build", "setuptools", "pip")),
@@ -28,7 +29,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the wheel and the sdist that it was built from."""
     folder = tmp_path_factory.mktemp("package")
     source = folder / "source"
-    shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, source / PACKAGE.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configs", source / "configs")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(source), cwd=folder)
@@ -58,7 +60,7 @@ def metadata(wheel: Path) -> Message:
     return Parser().parsestr(dist_info(wheel, "METADATA"))
 
 
-def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_the_package_its_presets_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if ".dist-info/" not in name} == FILES
 
@@ -118,7 +120,17 @@ assert distribution("anomalib-simplenet").locate_file("").resolve() == target
     run(sys.executable, "-c", code, cwd=tmp_path, **environment)
 
 
-def test_other_plug_ins_of_torch_and_anomalib_work_beside_it(wheel: Path, tmp_path: Path) -> None:
+def test_installed_wheel_writes_its_presets_outside_a_checkout(wheel: Path, tmp_path: Path) -> None:
+    environment = install(wheel, tmp_path / "site")
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    run(sys.executable, "-m", "anomalib_simplenet.quickstart", "--prepare-only", cwd=folder, **environment)
+    written = {path.relative_to(folder).as_posix() for path in (folder / "configs").rglob("*.yaml")}
+    assert {f"anomalib_simplenet/{path}" for path in written} == PRESETS
+    assert (folder / "datasets" / "efficientnet_lite0" / "model.safetensors").is_file()
+
+
+def test_installed_wheel_leaves_other_plug_ins_of_torch_working(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     environment = install(wheel, target)
     for name in ("aa_before", "zz_after"):
@@ -142,7 +154,7 @@ assert type(get_model("SimpleNet", backbone="resnet18", pre_trained=False)) is S
 
 
 @pytest.mark.parametrize("rubbish", ["", "syntax error", "raise SystemError", "import missing_module"])
-def test_a_broken_install_leaves_torch_and_anomalib_usable(wheel: Path, tmp_path: Path, rubbish: str) -> None:
+def test_broken_install_leaves_torch_and_anomalib_usable(wheel: Path, tmp_path: Path, rubbish: str) -> None:
     target = tmp_path / "site"
     environment = install(wheel, target)
     for path in (target / PACKAGE.name).rglob("*.py"):
@@ -152,7 +164,7 @@ def test_a_broken_install_leaves_torch_and_anomalib_usable(wheel: Path, tmp_path
     run(sys.executable, "-c", code, cwd=tmp_path, **environment)
 
 
-def test_uninstalling_leaves_nothing_behind(wheel: Path, tmp_path: Path) -> None:
+def test_uninstall_leaves_nothing_behind(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"), cwd=tmp_path)
     python = str(tmp_path / "venv" / "bin" / "python")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)

@@ -1,7 +1,6 @@
 """The quickstart does what the README says of it."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,17 +20,17 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_weights_are_those_of_imagenet(real: Path) -> None:
-    """Anything else than the right weights in the right places gives features without a pattern in them."""
+def test_quickstart_weights_are_those_of_imagenet(real: Path) -> None:
+    """Weights in the wrong places would give an almost uniform distribution over the classes."""
     network = timm.create_model(f"local-dir:{real / 'efficientnet_lite0'}", pretrained=True).eval()
     photograph = read_image(next((real / "mono" / "test" / "good").iterdir()), as_tensor=True)[None]
     with torch.no_grad():
         confidence = network((photograph - 0.45) / 0.225).softmax(dim=1)
-    # Of 1000 classes few are like a photograph of a dark grid; to wrong weights all are alike.
+    # Few of 1000 classes resemble a dark grid; wrong weights give all of them about the same probability.
     assert confidence.topk(20).values.sum() > 0.3
 
 
-def test_split_is_fixed_and_no_cell_is_in_two_parts(real: Path, tmp_path: Path) -> None:
+def test_quickstart_split_is_fixed_and_disjoint(real: Path, tmp_path: Path) -> None:
     quickstart.prepare_cells(tmp_path / "again", "mono")
     parts = ["train/good", "test/good", "test/defective"]
     names = {part: {path.name for path in (real / "mono" / part).iterdir()} for part in parts}
@@ -40,21 +39,25 @@ def test_split_is_fixed_and_no_cell_is_in_two_parts(real: Path, tmp_path: Path) 
     assert all({path.name for path in (tmp_path / "again" / part).iterdir()} == names[part] for part in parts)
 
 
-def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_quickstart_names_a_missing_package_and_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "elpv_dataset", None)
     with pytest.raises(SystemExit, match=r"needs elpv_dataset: pip install 'anomalib-simplenet\[quickstart\]'"):
         quickstart.prepare_cells(tmp_path / "mono", "mono")
 
 
-def test_outside_the_project_it_says_where_to_run(tmp_path: Path) -> None:
-    process = run(tmp_path)
-    assert process.returncode == 2
-    assert "run it in the project's folder" in process.stderr
-    assert not list(tmp_path.iterdir())
+def test_quickstart_writes_missing_presets_and_leaves_existing_ones_alone(tmp_path: Path) -> None:
+    own = tmp_path / "model" / "simplenet_edge.yaml"
+    own.parent.mkdir()
+    own.write_text("# my own\n")
+    quickstart.prepare_configs(tmp_path)
+    written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.yaml")}
+    assert written == {path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml")}
+    assert own.read_text() == "# my own\n"
 
 
-def test_quickstart_reaches_its_accuracy_and_a_second_run_keeps_the_first(tmp_path: Path) -> None:
-    shutil.copytree(CONFIGS, tmp_path / "configs")
+def test_quickstart_reaches_its_accuracy_in_an_empty_folder_and_keeps_what_it_wrote(tmp_path: Path) -> None:
     process = run(tmp_path)
     assert process.returncode == 0, process.stderr[-2000:]
     summary = process.stdout[process.stdout.rindex("SimpleNet on") :]
