@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from anomalib.post_processing import PostProcessor
+from torch import nn
 
 from .torch_model import SimpleNetModel
 
@@ -34,7 +35,9 @@ def portable(hyper_parameters: Mapping[str, Any], model: SimpleNetModel) -> dict
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()}
 
 
-def differing(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], model: SimpleNetModel) -> dict[str, Any]:
+def differing(
+    checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], model: SimpleNetModel
+) -> dict[str, Any]:
     """What to build a model with so that a checkpoint fits, where that differs from what it was built with.
 
     Args:
@@ -49,15 +52,17 @@ def differing(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any]
         ValueError: If it is no checkpoint of SimpleNet, or of a state before the first release.
     """
     if "model.discriminator.tail.weight" not in checkpoint["state_dict"]:
-        msg = "This is no checkpoint of SimpleNet: it has no discriminator. Pass the model it was trained with, --model."
+        msg = "This is no checkpoint of SimpleNet: it has no discriminator. Pass its own model with --model."
         raise ValueError(msg)
     if checkpoint.get("simplenet_format") != FORMAT:
         msg = (
-            f"The checkpoint has format {checkpoint.get('simplenet_format')}, expected {FORMAT}: it was made by another "
-            "version of anomalib-simplenet. Use that version, or train again."
+            f"The checkpoint has format {checkpoint.get('simplenet_format')}, expected {FORMAT}: it was made by "
+            "another version of anomalib-simplenet. Use that version, or train again."
         )
         raise ValueError(msg)
     saved, own = checkpoint["hyper_parameters"], portable(hyper_parameters, model)
+    if isinstance(saved["backbone"], nn.Module):  # load_from_checkpoint puts its arguments among them
+        saved = {**saved, "backbone": None}
     found = {}
     for name in ARCHITECTURE.keys() - _NOT_IN_WEIGHTS:
         requested = name in _INFERENCE and own[name] != ARCHITECTURE[name]

@@ -19,14 +19,17 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
-from .callbacks.feature_cache import CachedBatch, FeatureCache
+from .callbacks.feature_cache import FeatureCache
+from .callbacks.feature_store import CachedBatch
 from .callbacks.final_validation import FinalValidation
 from .callbacks.predictions import Predictions
 from .callbacks.report import Report
 from .callbacks.resume import Resume
+from .callbacks.unreadable_images import UnreadableImages
 from .callbacks.whitening import WhiteningPass
 from .checkpoints import ARCHITECTURE, FORMAT, differing, keep_sensitivities, portable
 from .checks import check_number
+from .export.exporter import ExactExport
 from .loss import TruncatedL1Loss
 from .registry import register
 from .torch_model import SimpleNetModel
@@ -39,7 +42,7 @@ SENSITIVITIES = ("image_sensitivity", "pixel_sensitivity")
 
 
 @register
-class SimpleNet(AnomalibModule):
+class SimpleNet(ExactExport, AnomalibModule):
     """SimpleNet: A Simple Network for Image Anomaly Detection and Localization.
 
     CVPR 2023, https://arxiv.org/abs/2303.15140. A discriminator learns to tell adapted features of normal images from
@@ -106,9 +109,9 @@ class SimpleNet(AnomalibModule):
         check_number("discriminator_weight_decay", discriminator_weight_decay, at_least=0)
         self.feature_cache = FeatureCache(feature_cache, feature_cache_memory, feature_cache_dtype)
         self.report = report
-        self.adapter_lr = adapter_lr
-        self.discriminator_lr = discriminator_lr
-        self.discriminator_weight_decay = discriminator_weight_decay
+        self.adapter_lr = float(adapter_lr)
+        self.discriminator_lr = float(discriminator_lr)
+        self.discriminator_weight_decay = float(discriminator_weight_decay)
         self.loss = TruncatedL1Loss(margin)
         self.model = SimpleNetModel(**architecture)
 
@@ -162,7 +165,10 @@ class SimpleNet(AnomalibModule):
         predictions = self.model(batch.image)
         for finite, problem in (
             (batch.image.isfinite().flatten(1).all(dim=1), "pixels are NaN or infinite: expected numbers from 0 to 1"),
-            (predictions.pred_score.isfinite(), "the score is NaN or infinite: the model's weights are broken, train again"),
+            (
+                predictions.pred_score.isfinite(),
+                "the score is NaN or infinite: the model's weights are broken",
+            ),
         ):
             if not finite.all():
                 paths = batch.image_path or range(len(finite))
@@ -219,8 +225,8 @@ class SimpleNet(AnomalibModule):
         trained = {name: value for name, value in self.model.state_dict().items() if "feature_extractor" not in name}
         if broken := [name for name, value in trained.items() if not value.isfinite().all()]:
             msg = (
-                f"{broken[0]} is NaN or infinite after epoch {self.current_epoch}, and is not saved: check the training "
-                f"images, or lower adapter_lr ({self.adapter_lr}), discriminator_lr ({self.discriminator_lr}) or "
+                f"{broken[0]} is NaN or infinite after epoch {self.current_epoch}, and is not saved: check the "
+                f"training images, or lower adapter_lr ({self.adapter_lr}), discriminator_lr ({self.discriminator_lr}) or "
                 f"noise_std ({self.model.anomaly_generator.noise_std})."
             )
             raise ValueError(msg)
@@ -270,7 +276,7 @@ class SimpleNet(AnomalibModule):
         callbacks, which Lightning calls last, so that thresholds are saved with the weights.
         """
         components = super().configure_callbacks()
-        training = [Resume(), self.feature_cache, WhiteningPass(), FinalValidation()]
+        training = [UnreadableImages(), Resume(), self.feature_cache, WhiteningPass(), FinalValidation()]
         return [*components, *training, *([Predictions(), Report()] if self.report else [])]
 
     @property

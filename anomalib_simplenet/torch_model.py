@@ -16,6 +16,7 @@ from .components import (
     FeatureExtractor,
     PatchAggregation,
 )
+from .components.ops import non_finite
 from .extensions.averaging import PolynomialAverage
 from .extensions.fused_head import Affine, FusedHead, fingerprint, noisy_scores
 from .extensions.patch_sampling import sample_patches
@@ -152,9 +153,12 @@ class SimpleNetModel(nn.Module):
 
         patch_scores = -self.score_patches(features)  # (N, 1, h, w)
         highest = patch_scores.flatten(1).topk(min(self.top_patches, patch_scores[0].numel()), dim=1).values
+        anomaly_map = self.anomaly_map_generator(patch_scores, images.shape[-2:])
+        # So that no exported model takes an image that it could not score for normal.
+        unusable = non_finite(images, patch_scores)
         return InferenceBatch(
-            pred_score=highest.mean(dim=1),
-            anomaly_map=self.anomaly_map_generator(patch_scores, images.shape[-2:]),
+            pred_score=highest.mean(dim=1).masked_fill(unusable, torch.inf),
+            anomaly_map=anomaly_map.masked_fill(unusable[:, None, None, None], torch.inf),
         )
 
     def train(self, mode: bool = True) -> "SimpleNetModel":

@@ -7,7 +7,7 @@ from zipfile import is_zipfile
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
 
 class Resume(Callback):
@@ -22,8 +22,9 @@ class Resume(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace Lightning's way of writing files, not the user's."""
         del pl_module, stage
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        given = trainer.strategy.checkpoint_io
+        if getattr(type(given), "save_checkpoint", None) is TorchCheckpointIO.save_checkpoint:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO(given)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """State of torch's generators, which draw patches, noise and the order of images."""
@@ -46,7 +47,15 @@ class Resume(Callback):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a file beside its target and renames it; Lightning copies it from the temporary folder."""
+    """Writes a file beside its target and renames it; Lightning copies it from the temporary folder.
+
+    Args:
+        reader (CheckpointIO): Reads files; anomalib's knows which types are safe.
+    """
+
+    def __init__(self, reader: CheckpointIO) -> None:
+        super().__init__()
+        self.reader = reader
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
         """Write a checkpoint; an earlier one of its name stays until the new one is whole."""
@@ -71,4 +80,4 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if Path(path).is_file() and not is_zipfile(path):
             msg = f"{path} is no checkpoint, or was cut off while it was copied: use another."
             raise ValueError(msg)
-        return super().load_checkpoint(path, *args, **kwargs)
+        return self.reader.load_checkpoint(path, *args, **kwargs)

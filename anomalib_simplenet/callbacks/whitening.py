@@ -1,6 +1,5 @@
 """The pass over the training images that whitening takes before training."""
 
-import torch
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
@@ -32,10 +31,8 @@ class WhiteningPass(Callback):
             model.reset_averages()
         if model.whitening is None or (model.whitening.fitted and resumes):
             return
-        with torch.random.fork_rng(devices=[]):  # workers draw the first epoch's order before this pass, others after
-            torch.manual_seed(0)
-            batches = iterate_features(trainer, pl_module)
-            moments = model.whitening.moments(model.patch_aggregation(features) for features in batches)
+        batches = iterate_features(trainer, pl_module, "Whitening")
+        moments = model.whitening.moments(model.patch_aggregation(features) for features in batches)
         if trainer.world_size > 1:
             moments = trainer.strategy.reduce(moments.to(pl_module.device), reduce_op="sum").cpu()
         model.whitening.fit(moments)

@@ -31,7 +31,9 @@ class Discriminator(nn.Module):
         super().__init__()
         check_number("discriminator_layers", layers, at_least=1, integer=True)
         if hidden is not None:
-            check_number("discriminator_hidden", hidden, at_least=1, integer=True, hint="or None to shrink by 1.5 a layer")
+            check_number(
+                "discriminator_hidden", hidden, at_least=1, integer=True, hint="or None to shrink by 1.5 a layer"
+            )
         self.body = nn.Sequential()
         for _ in range(layers - 1):
             width = hidden or int(dimension // 1.5)

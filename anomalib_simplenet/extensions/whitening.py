@@ -172,7 +172,9 @@ class LocalWhitening(nn.Module):
         share = dimension / (dimension + 4 * count)
         _check_variance(local, mean)
         shrunk = local.lerp_(local.mean(dim=0), share)
-        weight = torch.cat([_inverse_root(chunk, LOCAL_REGULARISATION).to(self.weight) for chunk in shrunk.split(_CHUNK)])
+        weight = torch.cat(
+            [_inverse_root(chunk, LOCAL_REGULARISATION).to(self.weight) for chunk in shrunk.split(_CHUNK)]
+        )
         self.mean, self.weight = mean.to(self.mean), weight
         self.fitted.fill_(1.0)
 
@@ -194,8 +196,8 @@ def _check_variance(covariance: torch.Tensor, mean: torch.Tensor) -> None:
     variance = covariance.diagonal(dim1=-2, dim2=-1).mean()
     if not covariance.isfinite().all() or variance > 1e30:
         msg = (
-            f"The training images' patches are too large to whiten (mean variance {variance:.3g}): check the backbone's "
-            "weights and the pixels, which are expected to be normalised."
+            f"The training images' patches are too large to whiten (mean variance {variance:.3g}): check the "
+            "backbone's weights, and that pixels are normalised."
         )
         raise ValueError(msg)
     if variance <= SMALLEST_VARIANCE * mean.square().mean():

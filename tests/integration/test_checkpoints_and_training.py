@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -169,9 +170,7 @@ def test_fit_repeats_with_the_seed_and_trains_the_head_alone(pictures: Path) -> 
 
 
 @pytest.mark.parametrize("whiten", [True, False])
-def test_fit_repeats_with_or_without_cache_and_workers(
-    pictures: Path, tmp_path: Path, whiten: bool
-) -> None:
+def test_fit_repeats_with_or_without_cache_and_workers(pictures: Path, tmp_path: Path, whiten: bool) -> None:
     states = []
     for cache, workers in ((False, 0), (False, 2), (True, 0), (True, 2)):
         seed_everything(3)
@@ -327,7 +326,10 @@ def test_checkpoint_with_an_unpicklable_backbone_names_what_to_build(pictures: P
 
 
 def test_averaging_happens_once_a_step_and_is_kept_in_checkpoints(pictures: Path, tmp_path: Path) -> None:
-    engine, model = Engine(max_epochs=2, accumulate_grad_batches=2, default_root_dir=tmp_path), tiny_model(averaging=True)
+    engine, model = (
+        Engine(max_epochs=2, accumulate_grad_batches=2, default_root_dir=tmp_path),
+        tiny_model(averaging=True),
+    )
     engine.fit(model, datamodule=folder_data(pictures))
     assert int(model.model.averaged.steps) == engine.trainer.global_step == 4
     loaded = SimpleNet.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path)
@@ -340,7 +342,7 @@ def test_checkpoint_of_another_format_is_refused(pictures: Path, tmp_path: Path)
     checkpoint = torch.load(engine.trainer.checkpoint_callback.best_model_path, weights_only=True)
     del checkpoint["simplenet_format"]
     torch.save(checkpoint, tmp_path / "old.ckpt")
-    with pytest.raises(ValueError, match="format None, expected 1: .* Use that version, or train again"):
+    with pytest.raises(ValueError, match=r"format None, expected 1: .* Use that version, or train again"):
         SimpleNet.load_from_checkpoint(tmp_path / "old.ckpt")
 
 
@@ -364,7 +366,10 @@ def test_fit_refuses_a_backbone_whose_weights_could_not_be_loaded(pictures: Path
     [
         ({"adapter_lr": 0}, "adapter_lr is 0, expected a finite number above 0"),
         ({"discriminator_lr": -1.0}, "discriminator_lr is -1.0, expected"),
-        ({"discriminator_weight_decay": -1}, "discriminator_weight_decay is -1, expected a finite number of at least 0"),
+        (
+            {"discriminator_weight_decay": -1},
+            "discriminator_weight_decay is -1, expected a finite number of",
+        ),
     ],
 )
 def test_model_refuses_wrong_arguments_by_name(arguments: dict, message: str) -> None:
@@ -373,7 +378,7 @@ def test_model_refuses_wrong_arguments_by_name(arguments: dict, message: str) ->
 
 
 def test_configure_pre_processor_refuses_a_crop_larger_than_the_image() -> None:
-    with pytest.raises(ValueError, match=r"center_crop_size \(300, 300\) is larger than image_size \(288, 288\)"):
+    with pytest.raises(ValueError, match=r"center_crop_size is \(300, 300\), expected at most image_size"):
         SimpleNet.configure_pre_processor(center_crop_size=(300, 300))
 
 
@@ -462,7 +467,7 @@ def test_resume_gives_each_process_noise_of_its_own() -> None:
 def test_checkpoint_io_keeps_the_earlier_file_until_the_new_one_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, writer = tmp_path / "model.ckpt", AtomicCheckpointIO()
+    path, writer = tmp_path / "model.ckpt", AtomicCheckpointIO(TorchCheckpointIO())
     writer.save_checkpoint({"epoch": 1}, path)
 
     def half(_checkpoint: object, target: Path) -> None:
@@ -501,7 +506,9 @@ def test_test_of_a_checkpoint_scores_as_predict_does(pictures: Path) -> None:
         else:
             fresh.predict(model, dataset=PredictDataset(pictures / "test"), ckpt_path=checkpoint)
         with (Path(fresh.trainer.default_root_dir) / "predictions.csv").open() as file:
-            scores[name] = {Path(row["image_path"]).parts[-2:]: float(row["pred_score"]) for row in csv.DictReader(file)}
+            scores[name] = {
+                Path(row["image_path"]).parts[-2:]: float(row["pred_score"]) for row in csv.DictReader(file)
+            }
     assert scores["test"].keys() == scores["predict"].keys()
     assert scores["test"] == pytest.approx(scores["predict"], abs=1e-6)
 
@@ -518,7 +525,8 @@ def test_checkpoint_with_weights_that_are_not_finite_is_refused(pictures: Path, 
 
     with pytest.raises(ValueError, match=r"NaN or infinite"):
         fit(pictures, max_epochs=1, callbacks=[Break()], limit_val_batches=0)
-    with pytest.raises(ValueError, match=r"the score is NaN or infinite: the model's weights are broken"):
+    message = "is NaN or infinite" if change == "noise_std" else "the score is NaN or infinite: the model's weights"
+    with pytest.raises(ValueError, match=message):
         fit(pictures, max_epochs=1, callbacks=[Break()])
     assert not list((pictures.parent / "results").rglob("*.ckpt"))
 

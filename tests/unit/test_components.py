@@ -143,7 +143,10 @@ def test_anomaly_map_generator_smooths_as_scipy_does_to_the_border(h: int, w: in
         (lambda: AnomalyGenerator(mix_noise=0), "mix_noise is 0, expected an integer of at least 1 and of at most 100"),
         (lambda: AnomalyGenerator(mix_noise=1000), "mix_noise is 1000, expected"),
         (lambda: Discriminator(8, 0), "discriminator_layers is 0, expected an integer of at least 1"),
-        (lambda: Discriminator(8, 2, 0), "discriminator_hidden is 0, expected an integer of at least 1 or None"),
+        (
+            lambda: Discriminator(8, 2, 0),
+            "discriminator_hidden is 0, expected an integer of at least 1 or None to shrink",
+        ),
         (lambda: Discriminator(2, 4, None), "discriminator_layers is 4, too many"),
         (lambda: TruncatedL1Loss(0), "margin is 0, expected a finite number above 0"),
     ],
