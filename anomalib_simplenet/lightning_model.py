@@ -195,7 +195,8 @@ class SimpleNet(ExactExport, AnomalibModule):
     def optimizer_step(self, *args, **kwargs) -> None:
         """Train a step, and average the weights."""
         super().optimizer_step(*args, **kwargs)
-        self.model.average()
+        if self.model.averaged is not None:
+            self.model.averaged.update(self.model.trained)
 
     @property
     def trainer(self) -> Trainer:
@@ -224,10 +225,11 @@ class SimpleNet(ExactExport, AnomalibModule):
         super().on_save_checkpoint(checkpoint)
         trained = {name: value for name, value in self.model.state_dict().items() if "feature_extractor" not in name}
         if broken := [name for name, value in trained.items() if not value.isfinite().all()]:
+            noise_std = self.model.anomaly_generator.noise_std
             msg = (
-                f"{broken[0]} is NaN or infinite after epoch {self.current_epoch}, and is not saved: check the "
-                f"training images, or lower adapter_lr ({self.adapter_lr}), discriminator_lr ({self.discriminator_lr}) or "
-                f"noise_std ({self.model.anomaly_generator.noise_std})."
+                f"{broken[0]} is NaN or infinite after epoch {self.current_epoch}, and is not saved: check the images, "
+                f"or lower adapter_lr ({self.adapter_lr}), discriminator_lr ({self.discriminator_lr}) or noise_std "
+                f"({noise_std})."
             )
             raise ValueError(msg)
         checkpoint["hyper_parameters"] = portable(checkpoint["hyper_parameters"], self.model)

@@ -18,23 +18,22 @@ from .components import (
 )
 from .components.ops import non_finite
 from .extensions.averaging import PolynomialAverage
-from .extensions.fused_head import Affine, FusedHead, fingerprint, noisy_scores
+from .extensions.fused_head import FusedHead, fingerprint, noisy_scores
 from .extensions.patch_sampling import sample_patches
-from .extensions.whitening import LocalWhitening, Whitening
+from .extensions.whitening import LocalWhitening, Whitening, make_whitening
 
 
 class SimpleNetModel(nn.Module):
     """SimpleNet: A Simple Network for Image Anomaly Detection and Localization (CVPR 2023, arXiv 2303.15140).
 
     Args:
-        backbone (str | nn.Module): Name of a CNN or transformer of timm, or ``local-dir:FOLDER`` for a folder with
-            timm's ``config.json`` and weights. In Python also a module. Defaults to ``"wide_resnet50_2.tv_in1k"``, to
-            whose weights the default noise belongs.
+        backbone (str | nn.Module): Name of a CNN or transformer of timm, ``local-dir:FOLDER`` (a folder with timm's
+            ``config.json`` and weights), or in Python a module. Defaults to ``"wide_resnet50_2.tv_in1k"``, to whose
+            weights the default noise belongs.
         layers (Sequence[str]): Layers of the backbone that make the embedding; the first gives the grid. Defaults to
             ``("layer2", "layer3")``.
         pre_trained (bool): Whether to load the backbone's pre-trained weights. Defaults to ``True``.
-        backbone_args (dict[str, Any] | None): More arguments for ``timm.create_model``, such as ``output_stride``.
-            Defaults to ``None``.
+        backbone_args (dict[str, Any] | None): More arguments for ``timm.create_model``. Defaults to ``None``.
         patch_size (int): Side of the neighbourhood pooled into a patch, odd. Defaults to ``3``.
         pretrain_embed_dimension (int | None): What each layer's patches are pooled to; ``None`` for its own number of
             channels. Defaults to ``1536``.
@@ -61,13 +60,9 @@ class SimpleNetModel(nn.Module):
 
     Attributes:
         feature_extractor (FeatureExtractor): Frozen backbone.
-        patch_aggregation (PatchAggregation): Feature maps to patch embeddings.
         adapter (Adapter): Trained.
         anomaly_generator (AnomalyGenerator): Adds the noise.
         discriminator (Discriminator): Trained.
-        anomaly_map_generator (AnomalyMapGenerator): Patch scores to anomaly maps.
-        whitening (Whitening | LocalWhitening | None): Fitted before training.
-        averaged (PolynomialAverage | None): Averages of adapter and discriminator.
 
     Raises:
         ValueError: If an argument is out of its range; the message says which and what is expected.
@@ -103,9 +98,6 @@ class SimpleNetModel(nn.Module):
         check_number("patch_fraction", patch_fraction, above=0, at_most=1)
         check_number("distance_weight", distance_weight, at_least=0)
         check_number("top_patches", top_patches, at_least=1, integer=True)
-        if not (isinstance(whiten, bool) or whiten == "local"):
-            msg = f"whiten is {whiten!r}, expected True, False or 'local'."
-            raise ValueError(msg)
         if distance_weight and not whiten:
             msg = f"distance_weight is {distance_weight}, but distances need whitened embeddings: set whiten to true."
             raise ValueError(msg)
@@ -121,13 +113,11 @@ class SimpleNetModel(nn.Module):
         self.discriminator = Discriminator(dimension, discriminator_layers, discriminator_hidden)
         self.anomaly_map_generator = AnomalyMapGenerator()
 
-        self.whitening: Whitening | LocalWhitening | None = None
-        if whiten:
-            self.whitening = LocalWhitening(dimension) if whiten == "local" else Whitening(dimension)
-        self.averaged = PolynomialAverage(self._trained) if averaging else None
+        self.whitening = make_whitening(whiten, dimension)
+        self.averaged = PolynomialAverage(self.trained) if averaging else None
         self._fused_head: FusedHead | None = None
         self._fused_from: tuple[float, ...] = ()
-        self.register_load_state_dict_post_hook(lambda model, _keys: model.fuse())
+        self.register_load_state_dict_post_hook(_fuse_after_loading)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | InferenceBatch:
         """Score images, or in training mode real and fake patches.
@@ -144,7 +134,8 @@ class SimpleNetModel(nn.Module):
         features = self.extract(images)  # of each layer (N, C, h, w)
         if self.training:
             embedding = self.patch_aggregation(features)  # (N, D, h, w), section 3.1
-            patches = sample_patches(self._whiten(embedding), self.patch_fraction)  # (patches, D)
+            white = embedding if self.whitening is None else self.whitening(embedding)
+            patches = sample_patches(white, self.patch_fraction)  # (patches, D)
             adapted = self.adapter(patches)  # section 3.2
             noisy = self.anomaly_generator(adapted)  # section 3.3
             # In one batch: batch norm sees real and fake patches together, as in the authors' code.
@@ -172,46 +163,24 @@ class SimpleNetModel(nn.Module):
         return list(self.feature_extractor(images).values())
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Embed the patches of images.
-
-        Args:
-            images (torch.Tensor): Normalised images of shape ``(N, 3, H, W)``.
-
-        Returns:
-            torch.Tensor: Embeddings of shape ``(N, target_embed_dimension, h, w)``, on the grid of the first layer.
-        """
+        """Embed the patches of images ``(N, 3, H, W)``: ``(N, target_embed_dimension, h, w)``, on the first grid."""
         return self.patch_aggregation(self.extract(images))
 
     def discriminate(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score real and fake patches as :meth:`forward` does in training mode, in fewer products.
-
-        Args:
-            features (Sequence[torch.Tensor]): Feature maps of normal images (:meth:`extract`).
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor]: Scores of real and of fake patches.
-        """
-        patches: torch.Tensor | Iterable[torch.Tensor] = self._pooled(features)
+        """Score real and fake patches of feature maps as :meth:`forward` does in training mode, in fewer products."""
+        parts, segments = self._parts(features)
         if self.patch_fraction < 1:
-            embedding = self.patch_aggregation(features)
-            if isinstance(self.whitening, LocalWhitening):
-                embedding = self.whitening(embedding)
-            patches = sample_patches(embedding, self.patch_fraction)
-        linear = self._linear(self.adapter)
-        return noisy_scores(patches, self._segments, linear, self.anomaly_generator, self.discriminator)
+            local = isinstance(self.whitening, LocalWhitening)
+            parts = sample_patches(*parts if local else [self.patch_aggregation(features)], self.patch_fraction)
+        linear = [*self._global_whitening, *self.adapter]
+        return noisy_scores(parts, segments, linear, self.anomaly_generator, self.discriminator)
 
     def score_patches(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Score patches in eval mode, in fewer products (:class:`FusedHead`) than adapter and discriminator take.
-
-        Args:
-            features (Sequence[torch.Tensor]): Feature maps (:meth:`extract`).
-
-        Returns:
-            torch.Tensor: The discriminator's scores, less the weighted distance, of shape ``(N, 1, h, w)``.
-        """
+        """Score patches of feature maps in eval mode, in fewer products (:class:`FusedHead`): ``(N, 1, h, w)``."""
         if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
             self.fuse()
-        return self._fused_head(self._pooled(features)).float()  # type: ignore[misc]
+        parts, _ = self._parts(features)
+        return self._fused_head(parts).float()  # type: ignore[misc]
 
     @torch.compiler.disable
     def fuse(self) -> None:
@@ -222,45 +191,32 @@ class SimpleNetModel(nn.Module):
         if self.training:
             self._fused_head = None  # callbacks that average models pair their buffers
             return
-        whitening = self.whitening
-        adapter, discriminator = self._trained
+        adapter, discriminator = self.trained
         if self.averaged is not None and self.averaged.steps:
             adapter, discriminator = self.averaged.module
-        modules = [adapter, discriminator, *([whitening] if isinstance(whitening, Whitening) else [])]
-        fused_from = fingerprint(modules)
-        if self._fused_head is not None and fused_from == self._fused_from:
-            return
-        first = whitening if isinstance(whitening, Whitening) else None
-        self._fused_head = FusedHead(self._linear(adapter), discriminator, self._segments, self.distance_weight, first)
-        self._fused_from = fused_from
-
-    def reset_averages(self) -> None:
-        """Let averages start anew with the weights after the next step."""
-        if self.averaged is not None:
-            self.averaged.reset()
-
-    def average(self) -> None:
-        """Add the present weights to the averages; to be called after each step of the optimizer."""
-        if self.averaged is not None:
-            self.averaged.update(self._trained)
+        whitening = self._global_whitening
+        fused_from = fingerprint([adapter, discriminator, *whitening])
+        if self._fused_head is None or fused_from != self._fused_from:
+            _, segments = self._parts([])
+            linear = [*whitening, *adapter]
+            self._fused_head = FusedHead(linear, discriminator, segments, self.distance_weight, *whitening)
+            self._fused_from = fused_from
 
     @property
-    def _trained(self) -> nn.ModuleList:
+    def trained(self) -> nn.ModuleList:
+        """Adapter and discriminator."""
         return nn.ModuleList([self.adapter, self.discriminator])
 
-    def _whiten(self, embedding: torch.Tensor) -> torch.Tensor:
-        return embedding if self.whitening is None else self.whitening(embedding)
-
-    def _linear(self, adapter: Iterable[nn.Module]) -> list[Affine]:
-        """What stands between pooled maps (:meth:`_pooled`) and discriminator."""
-        return [*([self.whitening] if isinstance(self.whitening, Whitening) else []), *adapter]  # type: ignore[list-item]
-
-    def _pooled(self, features: Sequence[torch.Tensor]) -> Iterable[torch.Tensor]:
-        """Contributions to the embedding, on each layer's own grid, or the locally whitened embedding."""
-        if isinstance(self.whitening, LocalWhitening):
-            return [self.whitening(self.patch_aggregation(features))]
-        return self.patch_aggregation.pool(features)
-
     @property
-    def _segments(self) -> list[slice]:
-        return [slice(None)] if isinstance(self.whitening, LocalWhitening) else self.patch_aggregation.segments
+    def _global_whitening(self) -> list[Whitening]:
+        return [self.whitening] if isinstance(self.whitening, Whitening) else []
+
+    def _parts(self, features: Sequence[torch.Tensor]) -> tuple[Iterable[torch.Tensor], list[slice]]:
+        """What adds up to the embedding, each part on its layer's own grid, and the channels that each adds to."""
+        if isinstance(self.whitening, LocalWhitening):
+            return (self.whitening(self.patch_aggregation(features)) for _ in range(1)), [slice(None)]
+        return self.patch_aggregation.pool(features), self.patch_aggregation.segments
+
+
+def _fuse_after_loading(model: SimpleNetModel, _incompatible_keys: object) -> None:
+    model.fuse()

@@ -27,8 +27,8 @@ class WhiteningPass(Callback):
         """Average anew and fit the whitening."""
         model = pl_module.model
         resumes = trainer.ckpt_path is not None
-        if not resumes:
-            model.reset_averages()
+        if model.averaged is not None and not resumes:
+            model.averaged.reset()
         if model.whitening is None or (model.whitening.fitted and resumes):
             return
         batches = iterate_features(trainer, pl_module, "Whitening")

@@ -186,6 +186,16 @@ class LocalWhitening(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def make_whitening(whiten: bool | str, dimension: int) -> Whitening | LocalWhitening | None:
+    """Whitening for ``True``, local whitening for ``"local"``, neither for ``False``."""
+    if not (isinstance(whiten, bool) or whiten == "local"):
+        msg = f"whiten is {whiten!r}, expected True, False or 'local'."
+        raise ValueError(msg)
+    if not whiten:
+        return None
+    return LocalWhitening(dimension) if whiten == "local" else Whitening(dimension)
+
+
 def _positions(maps: torch.Tensor) -> torch.Tensor:
     """Patches of each position, ``(h * w, N, dimension)``."""
     return maps.flatten(2).permute(2, 0, 1)

@@ -42,7 +42,8 @@ def train_a_little(model: SimpleNetModel, images: torch.Tensor) -> None:
         optimizer.zero_grad()
         (fake - real).mean().backward()
         optimizer.step()
-        model.average()
+        if model.averaged is not None:
+            model.averaged.update(model.trained)
 
 
 def rows(embedding: torch.Tensor) -> torch.Tensor:
@@ -154,7 +155,7 @@ def test_averages_are_those_of_the_last_steps() -> None:
         with torch.no_grad():
             tail.normal_()
         seen.append(tail.detach().clone())
-        model.average()
+        model.averaged.update(model.trained)
         share = 4 / (step + 3)
         expected = seen[-1] if expected is None else (1 - share) * expected + share * seen[-1]
     _, averaged = model.averaged.module
@@ -169,7 +170,7 @@ def test_eval_mode_predicts_with_the_averaged_weights_once_there_are_any() -> No
     torch.nn.init.normal_(model.discriminator.tail.weight)
     after = model(images).pred_score
     assert not torch.allclose(after, before)
-    model.average()
+    model.averaged.update(model.trained)
     torch.nn.init.zeros_(model.discriminator.tail.weight)
     torch.testing.assert_close(model(images).pred_score, after)
 
@@ -194,8 +195,6 @@ def test_fused_head_follows_loading_and_training_and_is_no_part_of_the_state() -
 def test_fused_head_notices_weights_that_change_in_eval_mode(way: str) -> None:
     model, images = make(TwoStages(), layers=("early",), averaging=way == "reset"), torch.randn(2, 3, 32, 48)
     train_a_little(model, images)
-    model.average()
-    train_a_little(model, images)
     before = model.eval()(images).pred_score
     if way == "data":  # as Lightning's WeightAveraging swaps weights
         for parameter in model.discriminator.parameters():
@@ -203,7 +202,7 @@ def test_fused_head_notices_weights_that_change_in_eval_mode(way: str) -> None:
     elif way == "submodule":
         model.discriminator.load_state_dict({k: v + 0.1 for k, v in model.discriminator.state_dict().items()})
     else:
-        model.reset_averages()
+        model.averaged.reset()
     after = model(images).pred_score
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, plain_scores(model, images).amax(dim=1), rtol=1e-5, atol=1e-5)
