@@ -20,7 +20,7 @@ from .components.ops import non_finite
 from .extensions.averaging import PolynomialAverage
 from .extensions.fused_head import FusedHead, fingerprint, noisy_scores
 from .extensions.patch_sampling import sample_patches
-from .extensions.whitening import LocalWhitening, Whitening, make_whitening
+from .extensions.whitening import Affine, Whitening
 
 
 class SimpleNetModel(nn.Module):
@@ -98,6 +98,9 @@ class SimpleNetModel(nn.Module):
         check_number("patch_fraction", patch_fraction, above=0, at_most=1)
         check_number("distance_weight", distance_weight, at_least=0)
         check_number("top_patches", top_patches, at_least=1, integer=True)
+        if not (isinstance(whiten, bool) or whiten == "local"):
+            msg = f"whiten is {whiten!r}, expected True, False or 'local'."
+            raise ValueError(msg)
         if distance_weight and not whiten:
             msg = f"distance_weight is {distance_weight}, but distances need whitened embeddings: set whiten to true."
             raise ValueError(msg)
@@ -113,7 +116,7 @@ class SimpleNetModel(nn.Module):
         self.discriminator = Discriminator(dimension, discriminator_layers, discriminator_hidden)
         self.anomaly_map_generator = AnomalyMapGenerator()
 
-        self.whitening = make_whitening(whiten, dimension)
+        self.whitening = Whitening(dimension, local=whiten == "local") if whiten else None
         self.averaged = PolynomialAverage(self.trained) if averaging else None
         self._fused_head: FusedHead | None = None
         self._fused_from: tuple[float, ...] = ()
@@ -170,8 +173,9 @@ class SimpleNetModel(nn.Module):
         """Score real and fake patches of feature maps as :meth:`forward` does in training mode, in fewer products."""
         parts, segments = self._parts(features)
         if self.patch_fraction < 1:
-            local = isinstance(self.whitening, LocalWhitening)
-            parts = sample_patches(*parts if local else [self.patch_aggregation(features)], self.patch_fraction)
+            local = self.whitening is not None and self.whitening.affine is None
+            embedding = next(iter(parts)) if local else self.patch_aggregation(features)
+            parts = sample_patches(embedding, self.patch_fraction)
         linear = [*self._global_whitening, *self.adapter]
         return noisy_scores(parts, segments, linear, self.anomaly_generator, self.discriminator)
 
@@ -195,7 +199,7 @@ class SimpleNetModel(nn.Module):
         if self.averaged is not None and self.averaged.steps:
             adapter, discriminator = self.averaged.module
         whitening = self._global_whitening
-        fused_from = fingerprint([adapter, discriminator, *whitening])
+        fused_from = fingerprint([adapter, discriminator], whitening)
         if self._fused_head is None or fused_from != self._fused_from:
             _, segments = self._parts([])
             linear = [*whitening, *adapter]
@@ -208,12 +212,13 @@ class SimpleNetModel(nn.Module):
         return nn.ModuleList([self.adapter, self.discriminator])
 
     @property
-    def _global_whitening(self) -> list[Whitening]:
-        return [self.whitening] if isinstance(self.whitening, Whitening) else []
+    def _global_whitening(self) -> list[Affine]:
+        affine = None if self.whitening is None else self.whitening.affine
+        return [] if affine is None else [affine]
 
     def _parts(self, features: Sequence[torch.Tensor]) -> tuple[Iterable[torch.Tensor], list[slice]]:
         """What adds up to the embedding, each part on its layer's own grid, and the channels that each adds to."""
-        if isinstance(self.whitening, LocalWhitening):
+        if self.whitening is not None and self.whitening.affine is None:
             return (self.whitening(self.patch_aggregation(features)) for _ in range(1)), [slice(None)]
         return self.patch_aggregation.pool(features), self.patch_aggregation.segments
 

@@ -4,8 +4,6 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 
-from anomalib_simplenet.extensions.whitening import LocalWhitening
-
 from .feature_cache import iterate_features
 
 
@@ -19,7 +17,7 @@ class WhiteningPass(Callback):
             ValueError: If Lightning's ``WeightAveraging`` meets local whitening.
         """
         averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
-        if stage == "fit" and averages and isinstance(pl_module.model.whitening, LocalWhitening):
+        if stage == "fit" and averages and getattr(pl_module.model.whitening, "local", False):
             msg = 'whiten is "local", which Lightning\'s WeightAveraging cannot average: set averaging to true instead.'
             raise ValueError(msg)
 

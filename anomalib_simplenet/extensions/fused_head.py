@@ -1,7 +1,6 @@
 """Adapter, noise and discriminator in fewer products; the scores are those of the plain path."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -12,12 +11,7 @@ from anomalib_simplenet.components.discriminator import Discriminator
 from anomalib_simplenet.components.ops import leaky_relu
 from anomalib_simplenet.components.patch_aggregation import project
 
-
-class Affine(Protocol):
-    """Anything with ``y = weight @ x + bias``."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
+from .whitening import Affine
 
 
 def noisy_scores(
@@ -124,12 +118,13 @@ class FusedHead(nn.Module):
 
 
 @torch.no_grad()
-def fingerprint(modules: Iterable[nn.Module]) -> tuple[float, ...]:
+def fingerprint(modules: Iterable[nn.Module], whitening: Iterable[Affine]) -> tuple[float, ...]:
     """Sum and norm of each weight and running statistic: differs after whatever way of changing one.
 
     PyTorch's own version counters miss writes through ``.data``, which callbacks that swap weights use.
     """
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    tensors += [tensor for affine in whitening for tensor in affine]
     sums = [value.to(tensors[0].device) for tensor in tensors for value in (tensor.sum(), tensor.float().norm())]
     return tuple(torch.stack([value.float() for value in sums]).tolist())
 

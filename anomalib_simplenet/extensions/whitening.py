@@ -1,7 +1,7 @@
 """Whitening of embeddings with statistics of the training images (not in the paper)."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,8 +10,16 @@ from torch import nn
 REGULARISATION = 1e-2
 LOCAL_REGULARISATION = 1e-3
 SMALLEST_VARIANCE = 1e-6  # of the mean square
+LARGEST_VARIANCE = 1e30
 LARGEST_LOCAL = 2 * 2**30  # bytes; larger weights fit no ONNX file
 _CHUNK = 64  # matrices in one call of eigh
+
+
+class Affine(NamedTuple):
+    """``y = weight @ x + bias``."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
 
 
 class Whitening(nn.Module):
@@ -21,99 +29,41 @@ class Whitening(nn.Module):
 
     Args:
         dimension (int): Size of a patch embedding.
+        local (bool): Whether each position of the grid has a mean and a covariance of its own (Padim, arXiv
+            2011.08785), for parts in a fixed position. Each covariance is shrunk towards the mean of all, the more, the
+            fewer images it was estimated from. Defaults to ``False``.
 
     Attributes:
-        weight (torch.Tensor): ``(dimension, dimension)``.
-        bias (torch.Tensor): ``(dimension,)``.
+        mean (torch.Tensor): ``(dimension, h, w)``; h and w are 1 where all positions share it.
+        weight (torch.Tensor): A symmetric matrix for each position, row by row, ``(h * w, dimension, dimension)``.
         fitted (torch.Tensor): 1 after :meth:`fit`, else 0. A float, since callbacks that average models average it.
     """
 
-    def __init__(self, dimension: int) -> None:
+    def __init__(self, dimension: int, local: bool = False) -> None:
         super().__init__()
-        self.dimension = dimension
-        self.weight: torch.Tensor
-        self.bias: torch.Tensor
-        self.fitted: torch.Tensor
-        self.register_buffer("weight", torch.eye(dimension))
-        self.register_buffer("bias", torch.zeros(dimension))
-        self.register_buffer("fitted", torch.tensor(0.0))
-
-    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Whiten embeddings of shape ``(N, dimension, h, w)``; shape as given."""
-        return nn.functional.conv2d(embedding, self.weight[:, :, None, None], self.bias)
-
-    def moments(self, embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Count, sum and second moments of patches; those of several sets add up.
-
-        Args:
-            embeddings (Iterable[torch.Tensor]): Of batches, of shape ``(N, dimension, h, w)`` each.
-
-        Returns:
-            torch.Tensor: Sum over patches ``x`` of the outer product of ``[1, x]`` with itself: of a batch's in single
-            precision, of the batches in double.
-        """
-        moments = torch.zeros(self.dimension + 1, self.dimension + 1, dtype=torch.float64)
-        for embedding in embeddings:
-            patches = embedding.float().permute(0, 2, 3, 1).flatten(0, 2)
-            extended = nn.functional.pad(patches, (1, 0), value=1.0)
-            moments += (extended.T @ extended).cpu()
-        return moments
-
-    def fit(self, moments: torch.Tensor) -> None:
-        """Take mean and covariance from :meth:`moments`.
-
-        Raises:
-            ValueError: If the patches do not differ, or are too large for a covariance.
-        """
-        mean = moments[0, 1:] / moments[0, 0]
-        covariance = moments[1:, 1:] / moments[0, 0] - torch.outer(mean, mean)
-        _check_variance(covariance, mean)
-        weight = _inverse_root(covariance, REGULARISATION)
-        self.weight.copy_(weight)
-        self.bias.copy_(-weight @ mean)
-        self.fitted.fill_(1.0)
-
-
-class LocalWhitening(nn.Module):
-    """Whiten each position of maps of embeddings with a mean and a covariance of its own (Padim, arXiv 2011.08785).
-
-    For parts in a fixed position. Each covariance is shrunk towards the mean of all, the more, the fewer images it was
-    estimated from. The identity until :meth:`fit` was called; never trained.
-
-    Args:
-        dimension (int): Size of a patch embedding.
-
-    Attributes:
-        fitted (torch.Tensor): 1 after :meth:`fit`, else 0.
-        mean (torch.Tensor): ``(dimension, h, w)``.
-        weight (torch.Tensor): A symmetric matrix for each position, row by row, ``(h * w, dimension, dimension)``.
-    """
-
-    def __init__(self, dimension: int) -> None:
-        super().__init__()
-        self.dimension = dimension
-        self.fitted: torch.Tensor
+        self.dimension, self.local = dimension, local
         self.mean: torch.Tensor
         self.weight: torch.Tensor
+        self.fitted: torch.Tensor
+        self.register_buffer("mean", torch.zeros(dimension, 1, 1))
+        self.register_buffer("weight", torch.eye(dimension)[None])
         self.register_buffer("fitted", torch.tensor(0.0))
-        # Their sizes are those of the images seen first.
-        self.register_buffer("mean", torch.zeros(dimension, 0, 0))
-        self.register_buffer("weight", torch.zeros(0, dimension, dimension))
+
+    @property
+    def affine(self) -> Affine | None:
+        """The same map for all positions, ``None`` if each has its own."""
+        if len(self.weight) > 1:
+            return None
+        return Affine(self.weight[0], -self.weight[0] @ self.mean.flatten())
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Whiten.
-
-        Args:
-            embedding (torch.Tensor): Maps of shape ``(N, dimension, h, w)``.
-
-        Returns:
-            torch.Tensor: Of the same shape.
+        """Whiten embeddings of shape ``(N, dimension, h, w)``; shape as given.
 
         Raises:
-            ValueError: If the grid is not the one it was fitted on.
+            ValueError: If positions have statistics of their own, and the grid is not the one they were fitted on.
         """
-        if not len(self.weight):
-            return embedding
+        if self.affine is not None:
+            return nn.functional.conv2d(embedding, self.affine.weight[:, :, None, None], self.affine.bias)
         height, width = self.mean.shape[1:]
         if tuple(embedding.shape[-2:]) != (height, width):
             msg = (
@@ -126,21 +76,21 @@ class LocalWhitening(nn.Module):
         return white.permute(1, 2, 0).reshape(-1, self.dimension, height, width)
 
     def moments(self, embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Moments of maps; those of several sets add up.
+        """Moments of patches; those of several sets add up.
 
         Args:
             embeddings (Iterable[torch.Tensor]): Of batches, of shape ``(N, dimension, h, w)`` each.
 
         Returns:
-            torch.Tensor: Of each position the count of images, the sum and the sum of outer products, of shape
-            ``(1 + dimension + dimension**2, h, w)``: of a batch's in single precision, of the batches in double.
+            torch.Tensor: Count, sum and sum of outer products, of shape ``(1 + dimension + dimension**2, h, w)``, where
+            h and w are 1 if positions share them: of a batch's in single precision, of the batches in double.
 
         Raises:
             ValueError: If the matrices would take more than 2 GiB.
         """
         moments = torch.zeros(())
         for embedding in embeddings:
-            _, _, height, width = embedding.shape
+            height, width = grid = embedding.shape[-2:] if self.local else (1, 1)
             size = height * width * self.dimension**2 * 4
             if size > LARGEST_LOCAL:
                 msg = (
@@ -149,17 +99,19 @@ class LocalWhitening(nn.Module):
                     "target_embed_dimension or the image size, or set whiten to true."
                 )
                 raise ValueError(msg)
-            patches = _positions(embedding.float())
-            products = (patches.mT @ patches).flatten(1).mT.unflatten(1, (height, width))
-            count = torch.full((1, height, width), len(embedding))
-            moments = moments + torch.cat([count, embedding.double().sum(dim=0).cpu(), products.double().cpu()])
+            patches = _positions(embedding.float())  # positions, N, dimension
+            patches = patches if self.local else patches.flatten(0, 1)[None]
+            count = patches.new_full((len(patches), 1), patches.shape[1]).double()
+            products = (patches.mT @ patches).flatten(1).double()
+            rows = torch.cat([count, patches.double().sum(dim=1), products], dim=1)
+            moments = moments + rows.mT.unflatten(1, grid).cpu()
         return moments
 
     def fit(self, moments: torch.Tensor) -> None:
         """Take means and covariances from :meth:`moments`.
 
         Raises:
-            ValueError: If they are of one image only, of images that are all the same, or too large.
+            ValueError: If they are of one patch a position, of patches that are all the same, or too large.
         """
         count, dimension = moments[0, 0, 0], self.dimension
         if count < 2:
@@ -168,32 +120,21 @@ class LocalWhitening(nn.Module):
         mean = moments[1 : 1 + dimension] / count
         products = moments[1 + dimension :].flatten(1).mT.unflatten(1, (dimension, dimension))
         means = _positions(mean[None])
-        local = (products - count * means.mT @ means) / (count - 1)
-        share = dimension / (dimension + 4 * count)
-        _check_variance(local, mean)
-        shrunk = local.lerp_(local.mean(dim=0), share)
-        weight = torch.cat(
-            [_inverse_root(chunk, LOCAL_REGULARISATION).to(self.weight) for chunk in shrunk.split(_CHUNK)]
-        )
-        self.mean, self.weight = mean.to(self.mean), weight
+        covariance = (products - count * means.mT @ means) / (count - 1)
+        _check_variance(covariance, mean)
+        if self.local:
+            covariance.lerp_(covariance.mean(dim=0), dimension / (dimension + 4 * count))
+        regularisation = LOCAL_REGULARISATION if self.local else REGULARISATION
+        roots = [_inverse_root(chunk, regularisation) for chunk in covariance.split(_CHUNK)]
+        self.mean, self.weight = mean.to(self.mean), torch.cat(roots).to(self.weight)
         self.fitted.fill_(1.0)
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:  # noqa: ANN401
-        for name in ("mean", "weight"):
+        for name in ("mean", "weight"):  # their sizes are those of the grid
             saved = state_dict.get(prefix + name)
             if saved is not None:
                 setattr(self, name, getattr(self, name).new_zeros(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def make_whitening(whiten: bool | str, dimension: int) -> Whitening | LocalWhitening | None:
-    """Whitening for ``True``, local whitening for ``"local"``, neither for ``False``."""
-    if not (isinstance(whiten, bool) or whiten == "local"):
-        msg = f"whiten is {whiten!r}, expected True, False or 'local'."
-        raise ValueError(msg)
-    if not whiten:
-        return None
-    return LocalWhitening(dimension) if whiten == "local" else Whitening(dimension)
 
 
 def _positions(maps: torch.Tensor) -> torch.Tensor:
@@ -204,7 +145,7 @@ def _positions(maps: torch.Tensor) -> torch.Tensor:
 def _check_variance(covariance: torch.Tensor, mean: torch.Tensor) -> None:
     """Raise unless the patches are finite and differ by more than rounding."""
     variance = covariance.diagonal(dim1=-2, dim2=-1).mean()
-    if not covariance.isfinite().all() or variance > 1e30:
+    if not variance < LARGEST_VARIANCE:
         msg = (
             f"The training images' patches are too large to whiten (mean variance {variance:.3g}): check the "
             "backbone's weights, and that pixels are normalised."

@@ -16,7 +16,7 @@ from anomalib_simplenet.components import (
     Discriminator,
 )
 from anomalib_simplenet.extensions.fused_head import FusedHead
-from anomalib_simplenet.extensions.whitening import LocalWhitening, Whitening
+from anomalib_simplenet.extensions.whitening import Whitening
 from anomalib_simplenet.loss import TruncatedL1Loss
 
 
@@ -97,7 +97,7 @@ def test_local_whitening_is_that_of_each_position() -> None:
     torch.manual_seed(0)
     scale = torch.linspace(3, 5, 6)[:, None, None] * torch.linspace(1, 4, 9 * 6).view(9, 6)
     maps = torch.randn(4000, 6, 9, 6) * scale + torch.randn(6, 9, 6)
-    whitening = LocalWhitening(6)
+    whitening = Whitening(6, local=True)
     assert torch.equal(whitening(maps), maps)
     moments = whitening.moments(maps[:3000].split(1000)) + whitening.moments([maps[3000:]])
     assert torch.equal(whitening(maps), maps)  # moments change nothing
@@ -107,7 +107,7 @@ def test_local_whitening_is_that_of_each_position() -> None:
     torch.testing.assert_close(white.mean(dim=0), torch.zeros(6, 9, 6), atol=1e-3, rtol=0)
     for position in white.flatten(2).permute(2, 1, 0):
         torch.testing.assert_close(torch.cov(position), torch.eye(6), atol=0.02, rtol=0)
-    loaded = LocalWhitening(6)
+    loaded = Whitening(6, local=True)
     loaded.load_state_dict(whitening.state_dict())
     assert torch.equal(loaded(maps), white)
     with pytest.raises(ValueError, match="gives 9 x 5 patches, expected 9 x 6"):
@@ -117,7 +117,7 @@ def test_local_whitening_is_that_of_each_position() -> None:
 def test_local_whitening_shrinks_covariances_of_few_images() -> None:
     torch.manual_seed(0)
     maps, others = torch.randn(3, 50, 8, 8), torch.randn(20, 50, 8, 8)
-    whitening = LocalWhitening(50)
+    whitening = Whitening(50, local=True)
     whitening.fit(whitening.moments([maps]))
     assert 0.5 < whitening(others).std() < 2  # alone, a position's 3 patches vary in 2 directions
     with pytest.raises(ValueError, match="1 training image, expected 2 or more"):
@@ -158,12 +158,12 @@ def test_components_refuse_wrong_arguments_by_name(make: callable, message: str)
 
 def test_local_whitening_refuses_matrices_of_more_than_two_gib() -> None:
     with pytest.raises(ValueError, match=r"36 x 36 matrices of 1536 x 1536 take 11\.4 GiB, expected at most 2 GiB"):
-        LocalWhitening(1536).moments([torch.zeros(2, 1536, 36, 36)])
+        Whitening(1536, local=True).moments([torch.zeros(2, 1536, 36, 36)])
 
 
-@pytest.mark.parametrize("kind", [Whitening, LocalWhitening])
-def test_whitening_refuses_features_too_large_for_a_covariance(kind: type) -> None:
-    whitening = kind(4)
+@pytest.mark.parametrize("local", [False, True])
+def test_whitening_refuses_features_too_large_for_a_covariance(local: bool) -> None:
+    whitening = Whitening(4, local=local)
     with pytest.raises(ValueError, match="too large to whiten"):
         whitening.fit(whitening.moments([1e20 * torch.randn(8, 4, 3, 3)]))
     assert not whitening.fitted
