@@ -96,17 +96,29 @@ def quantize(
     ranges = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
     preset = nncf.QuantizationPreset.MIXED  # features are not symmetric around zero
     if compression_type == CompressionType.INT8_PTQ:
-        return nncf.quantize(model, calibration, preset=preset, ignored_scope=scope, advanced_parameters=ranges)
-    return nncf.quantize_with_accuracy_control(
-        model,
-        calibration,
-        nncf.Dataset(datamodule.test_dataloader()),
-        _validation(metric),
-        max_drop=max_drop,
-        preset=preset,
-        ignored_scope=scope,
-        advanced_quantization_parameters=ranges,
-    )
+        model = nncf.quantize(model, calibration, preset=preset, ignored_scope=scope, advanced_parameters=ranges)
+    else:
+        model = nncf.quantize_with_accuracy_control(
+            model,
+            calibration,
+            nncf.Dataset(datamodule.test_dataloader()),
+            _validation(metric),
+            max_drop=max_drop,
+            preset=preset,
+            ignored_scope=scope,
+            advanced_quantization_parameters=ranges,
+        )
+    _check_raw_pixels(model, ignored)
+    return model
+
+
+def _check_raw_pixels(model: ov.Model, head: set[str]) -> None:
+    """Let ``ops.non_finite`` take its mean of the raw image: NNCF quantizes that first, which replaces NaN."""
+    for node in model.get_ops():
+        is_mean = node.get_type_name() == "ReduceMean" and node.get_friendly_name() in head
+        if is_mean and node.get_input_partial_shape(0)[1] == 3:  # the other head operations have one or many channels
+            node.input(0).replace_source_output(model.input().get_node().output(0))
+    model.validate_nodes_and_infer_types()
 
 
 def _metric(metric: Metric | str) -> Metric:
