@@ -1,7 +1,7 @@
 """Run the tests with other versions: ``make matrix``, or ``python tests/matrix.py NAME ...`` for some.
 
 Each combination gets an environment of its own in a temporary folder; several gigabytes are downloaded for each.
-Interpreters that this machine lacks are left out. Prints a table and writes ``tests/benchmarks/results/matrix.json``.
+Interpreters that are not installed are skipped. Prints a table and writes ``tests/benchmarks/results/matrix.json``.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
         interpreter, requirements = COMBINATIONS[name]
         program = shutil.which(interpreter)
         if program is None:
-            print(f"{name}: no {interpreter} here")
+            print(f"{name}: {interpreter} is not installed")
             continue
         with tempfile.TemporaryDirectory() as folder:
             results[name] = run(Path(folder), program, requirements, args.tests)

@@ -1,30 +1,108 @@
-"""The README's example runs as it is written."""
+"""The README's commands and scripts run, in the order they stand, in one fresh folder."""
 
+import os
 import re
-import subprocess
+import runpy
+import shlex
+import shutil
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+import pytest
+import yaml
+from anomalib.cli import AnomalibCLI
+
+from anomalib_simplenet import SimpleNet
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+# Installing is test_package.py's, a benchmark of small models test_configs.py's.
+ELSEWHERE = ("git ", "pip ", "anomalib benchmark ")
 
 
-def test_python_example_runs(real: Path, tmp_path: Path) -> None:
-    (tmp_path / "datasets" / "elpv").mkdir(parents=True)
-    (tmp_path / "datasets" / "elpv" / "mono").symlink_to(real / "mono")
+def blocks() -> list[tuple[str, str]]:
+    """Language and text of each block of commands or Python."""
+    return re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do what bash would do with a line, but in this process: importing anomalib for each would take minutes."""
+    words = shlex.split(os.path.expandvars(line), comments=True)
+    words = [Path(word[6:-1]).read_text() if word.startswith("$(cat ") else word for word in words]
+    if not words:
+        return
+    if re.fullmatch(r"[A-Z]+=.*", words[0]):
+        monkeypatch.setenv(*words[0].split("=", 1))
+    elif words[0] == "anomalib":
+        with suppress(SystemExit) if "--model.help" in words else nullcontext():
+            AnomalibCLI(words[1:])
+    else:
+        assert words[:2] == ["python", "-m"]
+        monkeypatch.setattr(sys, "argv", words[2:])
+        runpy.run_module(words[2], run_name="__main__")
+
+
+def link(images: list[Path], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for image in images:
+        (folder / image.name).symlink_to(image)
+
+
+def test_readme_commands_run_in_the_order_they_stand(
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    parts = {part: sorted((real / "mono" / part).iterdir()) for part in ("train/good", "test/good", "test/defective")}
+    for name in ("elpv/mono", "elpv/poly", "my_images"):  # few images, which the quickstart leaves alone
+        for part, images in parts.items():
+            link(images[:5], tmp_path / "datasets" / name / part)
+    for part in ("good", "defective"):
+        link(parts[f"test/{part}"][5:8], tmp_path / "datasets" / "my_images" / "held_out" / part)
     (tmp_path / "datasets" / "efficientnet_lite0").symlink_to(real / "efficientnet_lite0")
-    (tmp_path / "configs").symlink_to(README.parent / "configs")
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(example.strip().splitlines()) <= 10
-    limits = ", ".join(f"limit_{part}_batches=2" for part in ("train", "val", "test", "predict"))
-    shortened = example.replace("max_epochs=24", f"max_epochs=1, {limits}")
-    assert shortened != example
-    process = subprocess.run(
-        [sys.executable, "-c", shortened], cwd=tmp_path, capture_output=True, text=True, check=False
+    shutil.copy(parts["test/good"][0], tmp_path / "part.png")
+
+    monkeypatch.chdir(tmp_path)
+    done = []
+    for language, block in blocks():
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), {})
+            done.append(language)
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            if not line.startswith(ELSEWHERE):
+                run(line, monkeypatch)
+                done.append(line)
+    assert sum(line.startswith("anomalib") for line in done) >= 6
+    assert done.count("python") == 2
+    assert re.search(r"^score 0\.\d\d, defective: (True|False)$", capsys.readouterr().out, re.MULTILINE)
+    for written in ("exported/weights/openvino/model.xml", "quantised/weights/openvino/model.xml", "mask.png"):
+        assert (tmp_path / written).is_file()
+
+
+def test_readme_metrics_config_adds_aupro(tmp_path: Path) -> None:
+    (written,) = re.findall(
+        r"^```yaml\n(.*?)^```", (ROOT / "configs" / "README.md").read_text(), re.DOTALL | re.MULTILINE
     )
-    assert process.returncode == 0, process.stderr[-2000:]
-    assert Path(process.stdout.splitlines()[-1]).is_file()
+    (tmp_path / "metrics.yaml").write_text(written)
+    preset = yaml.safe_load((ROOT / "configs" / "model" / "simplenet_edge.yaml").read_text())
+    preset["model"]["init_args"].update(backbone="resnet18", layers=["layer1"], pre_trained=False)
+    (tmp_path / "preset.yaml").write_text(yaml.safe_dump(preset))
+    configs = [argument for name in ("preset", "metrics") for argument in ("--config", str(tmp_path / f"{name}.yaml"))]
+    cli = AnomalibCLI(["train", *configs, "--data", str(ROOT / "configs" / "data" / "folder.yaml")], run=False)
+    assert isinstance(cli.model, SimpleNet)
+    names = [metric.name for metric in cli.model.evaluator.test_metrics]
+    assert names == ["image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO"]
 
 
-def test_files_that_it_names_exist() -> None:
-    for name in re.findall(r"[\w./-]+\.(?:yaml|png|toml|py)\b", README.read_text()):
-        assert list(README.parent.rglob(name.lstrip("/")))
+def test_readme_names_files_that_exist() -> None:
+    for file in (README, ROOT / "configs" / "README.md", ROOT / "tests" / "benchmarks" / "README.md"):
+        text = re.sub(r"^```text.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for name in re.findall(r"[\w./-]+\.(?:yaml|png|toml|py|md|csv|json)\b", text):
+            written = Path(name).name in {"part.png", "mask.png", "config.json", "predictions.csv", "7.png"}
+            assert written or list(ROOT.rglob(name)), name
+
+
+def test_readme_is_short() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) < 230
+    assert len(text.split()) < 1600
