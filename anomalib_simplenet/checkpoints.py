@@ -1,7 +1,8 @@
 """Checkpoints that load without network, folder or arguments: they hold weights and architecture."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -74,14 +75,15 @@ def differing(
     return found
 
 
-def keep_sensitivities(processor: PostProcessor, requested: Mapping[str, float]) -> None:
-    """Put the requested sensitivities back that a checkpoint's replaced.
+@contextmanager
+def keep_sensitivities(processor: nn.Module | None) -> Iterator[None]:
+    """Load a checkpoint without losing the sensitivities that the user gave a post-processor.
 
-    Args:
-        processor (PostProcessor): With the checkpoint's sensitivities.
-        requested (Mapping[str, float]): ``image_sensitivity`` and ``pixel_sensitivity``, each 0 to 1, as before. The
-            default of 0.5 cannot be told from unset, so the checkpoint's then stays, with a warning.
+    The default of 0.5 cannot be told from unset: the checkpoint's then stays, with a warning.
     """
+    names = ("image_sensitivity", "pixel_sensitivity") if isinstance(processor, PostProcessor) else ()
+    requested = {name: getattr(processor, name) for name in names}
+    yield
     for name, value in requested.items():
         saved = getattr(processor, name)
         if value != _DEFAULT_SENSITIVITY:

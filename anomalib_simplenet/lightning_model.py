@@ -38,7 +38,6 @@ from .visualizer import NonSquareImageVisualizer
 logger = logging.getLogger(__name__)
 
 PAPER_EPOCHS = 160  # 40 meta-epochs of 4
-SENSITIVITIES = ("image_sensitivity", "pixel_sensitivity")
 
 
 @register
@@ -126,7 +125,8 @@ class SimpleNet(ExactExport, AnomalibModule):
         if self.trainer.precision not in {"32-true", "16-mixed", "bf16-mixed"}:
             msg = f"precision is {self.trainer.precision}, expected 32-true, 16-mixed or bf16-mixed."
             raise ValueError(msg)
-        self._check_image_size()
+        if isinstance(self.pre_processor, PreProcessor) and self.input_size is not None:
+            self.model.feature_extractor.check_image_size(self.input_size)
 
     def training_step(self, batch: Batch | CachedBatch, *_args, **_kwargs) -> torch.Tensor:
         """Loss of one batch; logs it with the shares of real and fake patches scored right (authors' p_true, p_fake).
@@ -148,34 +148,29 @@ class SimpleNet(ExactExport, AnomalibModule):
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(features[0]))
         return loss
 
-    def validation_step(self, batch: Batch, *_args, **_kwargs) -> Batch:
-        """Predict one batch, for anomalib's thresholds; as :meth:`predict_step`."""
-        return self.predict_step(batch)
-
-    def test_step(self, batch: Batch, *_args, **_kwargs) -> Batch:
-        """Predict one batch, for metrics; as :meth:`predict_step`."""
-        return self.predict_step(batch)
-
     def predict_step(self, batch: Batch, *_args, **_kwargs) -> Batch:
-        """Predict one batch.
+        """Predict one batch; so do validation, for anomalib's thresholds, and test.
 
         Raises:
             ValueError: If pixels or scores of an image are not finite.
         """
         predictions = self.model(batch.image)
-        for finite, problem in (
-            (batch.image.isfinite().flatten(1).all(dim=1), "pixels are NaN or infinite: expected numbers from 0 to 1"),
-            (
-                predictions.pred_score.isfinite(),
-                "the score is NaN or infinite: the model's weights are broken",
-            ),
-        ):
-            if not finite.all():
-                paths = batch.image_path or range(len(finite))
-                names = ", ".join(str(path) for path, good in zip(paths, finite.tolist(), strict=True) if not good)
-                msg = f"Of {names} {problem}."
-                raise ValueError(msg)
+        self._check_finite(batch, batch.image, "pixels are NaN or infinite: expected numbers from 0 to 1")
+        self._check_finite(
+            batch, predictions.pred_score, "the score is NaN or infinite: the model's weights are broken"
+        )
         return batch.update(**predictions._asdict())
+
+    validation_step = test_step = predict_step
+
+    @staticmethod
+    def _check_finite(batch: Batch, values: torch.Tensor, problem: str) -> None:
+        finite = values.isfinite().flatten(1).all(dim=1) if values.ndim > 1 else values.isfinite()
+        if not finite.all():
+            paths = batch.image_path or range(len(finite))
+            names = ", ".join(str(path) for path, good in zip(paths, finite.tolist(), strict=True) if not good)
+            msg = f"Of {names} {problem}."
+            raise ValueError(msg)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW for the adapter and Adam for the discriminator, as one optimizer."""
@@ -241,10 +236,8 @@ class SimpleNet(ExactExport, AnomalibModule):
         Raises:
             ValueError: If it is no checkpoint of SimpleNet, or needs a backbone that only Python can give.
         """
-        requested = {name: getattr(self.post_processor, name, None) for name in SENSITIVITIES}
-        super().on_load_checkpoint(checkpoint)
-        if isinstance(self.post_processor, PostProcessor):
-            keep_sensitivities(self.post_processor, requested)
+        with keep_sensitivities(self.post_processor):
+            super().on_load_checkpoint(checkpoint)
         if found := differing(checkpoint, self.hparams, self.model):
             logger.warning("Using %s from the checkpoint.", ", ".join(f"{k}={v!r}" for k, v in found.items()))
             self.hparams.update(portable(self.hparams, self.model) | found)
@@ -253,22 +246,6 @@ class SimpleNet(ExactExport, AnomalibModule):
             datamodule = self.trainer.datamodule
             if isinstance(datamodule, AnomalibDataModule):  # set up before, with another pre-processor's image size
                 datamodule.setup(self.trainer.state.fn)
-
-    def _check_image_size(self) -> None:
-        size = self.input_size if isinstance(self.pre_processor, PreProcessor) else None
-        extractor = self.model.feature_extractor
-        if size is None:
-            return
-        if min(size) < extractor.stride:
-            problem = f"at least {extractor.stride}, the stride of the coarsest layer"
-        elif extractor.image_size not in {None, tuple(size)}:
-            problem = f"{extractor.image_size}, the only size that the backbone takes"
-        elif any(side % extractor.patch_size for side in size):
-            problem = f"multiples of {extractor.patch_size}, the backbone's patch size"
-        else:
-            return
-        msg = f"pre_processor makes images of {size}, expected {problem}: change the size of its Resize or CenterCrop."
-        raise ValueError(msg)
 
     def configure_callbacks(self) -> list[Callback]:
         """What happens around training and testing, in the order in which Lightning calls it.

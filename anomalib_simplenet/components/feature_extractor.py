@@ -127,6 +127,23 @@ class FeatureExtractor(nn.Module):
             raise self.missing_weights
         return self._extract(images)
 
+    def check_image_size(self, size: tuple[int, int]) -> None:
+        """Refuse a height and width that the backbone cannot take.
+
+        Raises:
+            ValueError: If images are smaller than the stride, no multiple of the patch size, or of another fixed size.
+        """
+        if self.image_size not in {None, tuple(size)}:
+            expected = f"{self.image_size}, the only size that the backbone takes"
+        elif min(size) < self.stride:
+            expected = f"at least {self.stride}, the stride of the coarsest layer"
+        elif any(side % self.patch_size for side in size):
+            expected = f"multiples of {self.patch_size}, the backbone's patch size"
+        else:
+            return
+        msg = f"pre_processor makes images of {size}, expected {expected}: change the size of its Resize or CenterCrop."
+        raise ValueError(msg)
+
     @torch.no_grad()
     def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.channels_last and not torch.compiler.is_exporting():

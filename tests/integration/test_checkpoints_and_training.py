@@ -525,7 +525,7 @@ def test_checkpoint_with_weights_that_are_not_finite_is_refused(pictures: Path, 
 
     with pytest.raises(ValueError, match=r"NaN or infinite"):
         fit(pictures, max_epochs=1, callbacks=[Break()], limit_val_batches=0)
-    message = "is NaN or infinite" if change == "noise_std" else "the score is NaN or infinite: the model's weights"
+    message = "is NaN or infinite" if change == "noise_std" else "scores are NaN or infinite: the model's weights"
     with pytest.raises(ValueError, match=message):
         fit(pictures, max_epochs=1, callbacks=[Break()])
     assert not list((pictures.parent / "results").rglob("*.ckpt"))
