@@ -40,7 +40,12 @@ def autoload() -> None:
 
 
 def register(cls: _T) -> _T:
-    """Publish a model class where anomalib looks models up by name; use as a class decorator."""
+    """Publish a model class where anomalib looks models up by name; use as a class decorator.
+
+    The class says that it lives there: ``get_model`` refuses class paths of other packages, such as those that a saved
+    ``config.yaml`` would name.
+    """
+    cls.__module__ = "anomalib.models"
     for module in ("anomalib.models", "anomalib.models.image"):
         setattr(sys.modules[module], cls.__name__, cls)
     return cls

@@ -76,7 +76,7 @@ class SimpleNetModel(nn.Module):
 
     def __init__(
         self,
-        backbone: str | nn.Module = "wide_resnet50_2.tv_in1k",
+        backbone: str | Any = "wide_resnet50_2.tv_in1k",  # nn.Module would list every module in --model.help
         layers: Sequence[str] = ("layer2", "layer3"),
         pre_trained: bool = True,
         backbone_args: dict[str, Any] | None = None,
