@@ -49,26 +49,28 @@ def test_simplenet_trains_tests_and_predicts_odd_images(pictures: Path, kind: st
     assert torch.isfinite(batch.anomaly_map).all()
 
 
-def test_masks_of_another_size_than_the_image_are_refused_or_resized(pictures: Path) -> None:
+def test_simplenet_tests_with_masks_of_another_size_than_the_image(pictures: Path) -> None:
     for path in (pictures / "ground_truth" / "bad").iterdir():
         with Image.open(path) as mask:
             mask.resize((32, 40)).save(path)
-    assert 0 <= train(pictures)["pixel_AUPRO"] <= 1
+    assert {"pixel_AUROC", "pixel_F1Score"} <= train(pictures).keys()
+    with (next((pictures.parent / "results").rglob("predictions.csv"))).open() as file:
+        assert len(file.readlines()) == 1 + 4  # the other half validates
 
 
-def test_without_masks_there_are_image_figures_and_pictures(pictures: Path) -> None:
+def test_simplenet_without_masks_gives_image_metrics_and_pictures(pictures: Path) -> None:
     assert set(train(pictures, masks=False)) == {"image_AUROC", "image_F1Score"}
     assert list((pictures.parent / "results").rglob("images/test/bad/*.png"))
 
 
-def test_pictures_have_five_panels_where_there_are_masks(pictures: Path) -> None:
+def test_pictures_have_five_panels_with_masks(pictures: Path) -> None:
     train(pictures)
     for part in ("good", "bad"):
         with Image.open(next((pictures.parent / "results").rglob(f"images/test/{part}/*.png"))) as picture:
             assert picture.size == (5 * 256, 256)
 
 
-def test_long_images_keep_their_shape_in_pictures(pictures: Path) -> None:
+def test_pictures_keep_the_shape_of_non_square_images(pictures: Path) -> None:
     for path in (pictures / "test" / "good").iterdir():
         odd("wide").resize((900, 300)).save(path)
     train(pictures)
@@ -78,18 +80,20 @@ def test_long_images_keep_their_shape_in_pictures(pictures: Path) -> None:
             assert picture.size[0] % panel[0] == 0
 
 
-def test_one_training_image_is_enough_to_run(pictures: Path) -> None:
+def test_simplenet_trains_on_one_image(pictures: Path) -> None:
     shutil.rmtree(pictures / "train")
     write_images(pictures / "train" / "good", 1)
-    assert 0 <= train(pictures)["image_AUROC"] <= 1
+    model = tiny_model()
+    train(pictures, model)
+    assert model.post_processor.image_threshold.isfinite()
 
 
-def test_an_empty_or_missing_training_folder_is_named(pictures: Path) -> None:
+def test_training_names_an_empty_or_missing_folder(pictures: Path) -> None:
     shutil.rmtree(pictures / "train" / "good")
-    with pytest.raises(Exception, match="train/good"):
+    with pytest.raises((ValueError, RuntimeError, FileNotFoundError), match="train/good"):
         train(pictures)
     (pictures / "train" / "good").mkdir()
-    with pytest.raises(Exception, match=r"train/good|Found 0|no .*images"):
+    with pytest.raises((ValueError, RuntimeError), match=r"train/good"):
         train(pictures)
 
 

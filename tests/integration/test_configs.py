@@ -91,7 +91,7 @@ def test_folder_config_splits_the_test_images_alike_in_every_run(pictures: Path)
 @pytest.mark.parametrize("path", files("model"))
 def test_model_config_parses(path: Path) -> None:
     config = ParseOnly("train", "--config", str(path), "--data", "MVTecAD").config["train"]
-    assert config.model.class_path == "anomalib_simplenet.SimpleNet"
+    assert config.model.class_path == "anomalib.models.SimpleNet"
 
 
 @pytest.mark.parametrize("path", files("data"))

@@ -57,7 +57,7 @@ def process(tmp_path: Path) -> Process:
 def test_cli_takes_the_model_by_name_and_prints_its_defaults(process: Process) -> None:
     model = process.printed_model("SimpleNet")
 
-    assert model["class_path"] == "anomalib_simplenet.SimpleNet"
+    assert model["class_path"].endswith(".SimpleNet")
     assert model["init_args"] == json.loads(json.dumps(ARGUMENTS))
 
 
@@ -140,7 +140,7 @@ assert ours == {"anomalib_simplenet", "anomalib_simplenet.registry"}, ours
 def test_without_autoload_the_cli_takes_the_class_path(process: Process) -> None:
     model = process.printed_model("anomalib_simplenet.SimpleNet", **NO_AUTOLOAD)
 
-    assert model["class_path"] == "anomalib_simplenet.SimpleNet"
+    assert model["class_path"].endswith(".SimpleNet")
 
 
 def test_without_autoload_torch_leaves_the_package_alone(process: Process) -> None:

@@ -80,7 +80,7 @@ def test_sensitivity_taken_from_the_checkpoint_is_logged(pictures: Path, caplog:
         model = SimpleNet.load_from_checkpoint(path, post_processor=PostProcessor(image_sensitivity=requested))
         assert model.post_processor.image_sensitivity == used
         logged = [record.getMessage() for record in caplog.records if "sensitivity" in record.getMessage()]
-        assert [text[:49] for text in logged] == ["Taking image_sensitivity=0.7 from the checkpoint."] * (
+        assert [text[:48] for text in logged] == ["Using image_sensitivity=0.7 from the checkpoint."] * (
             requested == 0.5
         )
 
