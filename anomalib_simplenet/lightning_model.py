@@ -60,8 +60,6 @@ class SimpleNet(ExactExport, AnomalibModule):
             ``"auto"``.
         feature_cache_memory (float | None): GiB that the maps may take; ``None`` for half of what is free.
             Defaults to ``None``.
-        feature_cache_dtype (str): ``"float16"``, or ``"float32"`` to train exactly as without the cache.
-            Defaults to ``"float16"``.
         pre_processor (nn.Module | bool): Applied to images first. Defaults to ``True``: resize to 288 x 288, normalise.
         post_processor (nn.Module | bool): Applied to predictions last. Defaults to ``True``: normalise scores,
             threshold image scores and anomaly maps, each with its own threshold.
@@ -91,7 +89,6 @@ class SimpleNet(ExactExport, AnomalibModule):
         discriminator_weight_decay: float = 1e-5,
         feature_cache: bool | Literal["auto"] = "auto",
         feature_cache_memory: float | None = None,
-        feature_cache_dtype: Literal["float16", "float32"] = "float16",
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -106,7 +103,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         check_number("adapter_lr", adapter_lr, above=0)
         check_number("discriminator_lr", discriminator_lr, above=0)
         check_number("discriminator_weight_decay", discriminator_weight_decay, at_least=0)
-        self.feature_cache = FeatureCache(feature_cache, feature_cache_memory, feature_cache_dtype)
+        self.feature_cache = FeatureCache(feature_cache, feature_cache_memory)
         self.report = report
         self.adapter_lr = float(adapter_lr)
         self.discriminator_lr = float(discriminator_lr)

@@ -1,6 +1,6 @@
 """Feature maps of the training images, kept from the first time that each is seen."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -12,11 +12,11 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+from anomalib_simplenet.checks import check_number
 from anomalib_simplenet.compat import batch_to_device, clone_dataloader, release_workers, wrap_dataloaders
 
-from .feature_store import CachedBatch, CachedCollate, FeatureStore, IndexedDataset, MissingImages, free_memory, refuse
+from .feature_store import CachedBatch, FeatureStore, IndexedDataset, MissingImages, collate_unseen, free_memory, refuse
 
-_FRACTION_OF_FREE_MEMORY = 0.5
 _DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.ToDtype, v2.ToImage, v2.Grayscale, v2.RGB)
 _HOOKS_WITH_A_BATCH = (
     "on_before_batch_transfer",
@@ -31,51 +31,42 @@ _KNOWN_PACKAGES = {"anomalib", "anomalib_simplenet", "lightning", "pytorch_light
 class FeatureCache(Callback):
     """Keep the feature maps of a frozen backbone in main memory, so that it sees each training image once.
 
-    Puts a data loader of :class:`CachedBatch` between the training data and the model, unless there is a reason not
-    to, and fills in each batch's features. Must stand after the pre-processor in the trainer's callbacks.
+    Makes batches of the training data :class:`CachedBatch`, unless there is a reason not to, and fills in their
+    features. Must stand after the pre-processor in the trainer's callbacks.
 
     Args:
-        mode (bool | str): ``False`` for no cache; ``"auto"`` for none, and a line in the log, where images may differ
-            from epoch to epoch or the maps do not fit; ``True`` to raise in these cases, but to trust data sets, data
-            loaders, hooks and callbacks that are not anomalib's.
-        memory (float | None): GiB that the maps may take; ``None`` for half of what is free, shared by the processes
-            of this machine.
-        dtype (str): ``"float16"`` or ``"float32"``.
+        mode (bool | str): ``feature_cache`` of ``SimpleNet``. ``True`` trusts code that is not anomalib's.
+        memory (float | None): GiB; ``None`` for half of what is free, shared by the processes of this machine.
     """
 
-    def __init__(
-        self, mode: bool | Literal["auto"], memory: float | None, dtype: Literal["float16", "float32"]
-    ) -> None:
+    def __init__(self, mode: bool | Literal["auto"] = "auto", memory: float | None = None) -> None:
+        if not (isinstance(mode, bool) or mode == "auto"):
+            msg = f"feature_cache is {mode!r}, expected True, False or 'auto'."
+            raise ValueError(msg)
+        if memory is not None:
+            check_number("feature_cache_memory", memory, above=0, hint="GiB")
         self.mode, self.memory = mode, memory
-        self.dtype = {"float16": torch.float16, "float32": torch.float32}[dtype]
         self.store: FeatureStore | None = None
-        self._logged = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:
         """Have the training data loader wrapped when the trainer asks for it."""
-        if stage == "fit" and self.mode is not False:
-            wrap_dataloaders(trainer.fit_loop, "cache", partial(self._wrap, trainer, pl_module))
+        if stage == "fit":
+            wrap_dataloaders(trainer.fit_loop, "cache", None if self.mode is False else partial(self._wrap, trainer))
 
-    def _wrap(self, trainer: Trainer, pl_module: LightningModule, loader: Any) -> Any:  # noqa: ANN401
+    def _wrap(self, trainer: Trainer, loader: Any) -> Any:  # noqa: ANN401
         self.store = None  # frees the memory of an earlier one
-        pre_processor = getattr(pl_module, "pre_processor", None)
-        reason = next(_reasons_against(trainer, loader, pre_processor, trusting=self.mode is True), None)
-        if reason is not None:
-            if not self._logged:  # the trainer may load the data again and again
-                refuse(reason, required=self.mode is True)
-            self._logged = True
+        if reason := _reason_against(trainer, loader, trusting=self.mode is True):
+            refuse(reason, required=self.mode is True)
+            wrap_dataloaders(trainer.fit_loop, "cache", None)  # says so once, however often the trainer loads the data
             return loader
-        if self.memory is None:
-            memory = int(free_memory() * _FRACTION_OF_FREE_MEMORY) // trainer.num_devices
-        else:
-            memory = int(self.memory * 2**30)
-        self.store = FeatureStore(len(loader.dataset), self.dtype, memory, required=self.mode is True)
+        memory = free_memory() / 2**30 / 2 / trainer.num_devices if self.memory is None else self.memory
+        self.store = FeatureStore(len(loader.dataset), memory, required=self.mode is True)
         dataset = IndexedDataset(loader.dataset, self.store.seen)
-        return clone_dataloader(loader, dataset=dataset, collate_fn=CachedCollate(loader.collate_fn))
+        return clone_dataloader(loader, dataset=dataset, collate_fn=partial(collate_unseen, loader.collate_fn))
 
     def on_train_epoch_start(self, trainer: Trainer, _pl_module: LightningModule) -> None:
         """Stop the data loader's workers once they have nothing left to read."""
-        if self.store is not None and self.store.complete:
+        if self.store is not None and self.store.seen.all():
             release_workers(trainer.train_dataloader)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, _batch_idx: int) -> None:  # noqa: ANN401
@@ -83,34 +74,19 @@ class FeatureCache(Callback):
         if isinstance(batch, CachedBatch) and self.store is not None:
             with trainer.precision_plugin.train_step_context():
                 features = self.store.features(batch, pl_module.model.extract)
-            batch.features, batch.image, batch.gt_mask = features, MissingImages(), None
+            batch.features = [maps.to(pl_module.device) for maps in features]
+            batch.image, batch.gt_mask = MissingImages(), None
 
-    def teardown(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Free the maps."""
-        if stage == "fit":
-            self._release(trainer)
-
-    def on_exception(self, trainer: Trainer, _pl_module: LightningModule, _exception: BaseException) -> None:
-        """Free the maps."""
-        self._release(trainer)
-
-    def _release(self, trainer: Trainer) -> None:
         self.store = None
         wrap_dataloaders(trainer.fit_loop, "cache", None)
 
 
 def iterate_features(trainer: Trainer, pl_module: LightningModule, title: str) -> Iterator[list[torch.Tensor]]:
-    """Pass once over the training images, as they are at the start of training, and fill the cache if there is one.
+    """Feature maps of all training images, before training: per batch, for each layer ``(N, C, h, w)`` in float32.
 
-    Draws no random numbers of the training's: whether there is a pass does not change it.
-
-    Args:
-        trainer (Trainer): In ``on_train_start`` or later.
-        pl_module (LightningModule): With a ``model`` that has ``extract``.
-        title (str): For the progress bar, which is shown where the trainer shows its own.
-
-    Yields:
-        list[torch.Tensor]: Feature maps of a batch in float32, for each layer ``(N, C, h, w)``.
+    Fills the cache, and draws none of the training's random numbers.
 
     Raises:
         ValueError: If the number of batches is not known, so that the pass might never end.
@@ -122,67 +98,50 @@ def iterate_features(trainer: Trainer, pl_module: LightningModule, title: str) -
     loader = trainer.train_dataloader
     if isinstance(loader, DataLoader):  # persistent workers have the first epoch's batches ready: use others
         loader = clone_dataloader(loader)
-    preparing = [
-        callback.on_train_batch_start
-        for callback in trainer.callbacks
-        if isinstance(callback, FeatureCache | PreProcessor)
-    ]
+    preparing = [each for each in trainer.callbacks if isinstance(each, FeatureCache | PreProcessor)]
     bar = trainer.progress_bar_callback
     hidden = bar is None or not bar.is_enabled or not trainer.is_global_zero
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for index, loaded in enumerate(tqdm(islice(loader, int(count)), title, int(count), disable=hidden)):
             batch = batch_to_device(trainer, loaded)
-            for prepare in preparing:
-                prepare(trainer, pl_module, batch, index)
-            if isinstance(batch, CachedBatch):
-                features = batch.features
-            else:
-                with trainer.precision_plugin.train_step_context():
-                    features = pl_module.model.extract(batch.image)
+            for callback in preparing:
+                callback.on_train_batch_start(trainer, pl_module, batch, index)
+            with trainer.precision_plugin.train_step_context():
+                features = batch.features if isinstance(batch, CachedBatch) else pl_module.model.extract(batch.image)
             yield [maps.float() for maps in features]
 
 
-def _reasons_against(trainer: Trainer, loader: Any, pre_processor: Any, *, trusting: bool) -> Iterator[str]:  # noqa: ANN401
+def _reason_against(trainer: Trainer, loader: Any, *, trusting: bool) -> str | None:  # noqa: ANN401
     """Why images need not be the same in every epoch, and what to change."""
     if trainer.reload_dataloaders_every_n_epochs:
-        yield "the trainer reloads the training data: set reload_dataloaders_every_n_epochs to 0"
-    if not isinstance(loader, DataLoader):
-        yield f"the training data are no DataLoader but {type(loader).__name__}: give one"
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        yield "the DataLoader makes no batches of numbered images: give it a map-style data set and a batch size"
-    rebuilt = trainer.world_size > 1 or trainer.overfit_batches
-    if rebuilt and (type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler):
-        yield "Lightning cannot build this DataLoader again: give a plain one, with a sampler and a batch size"
-    if not trusting and (custom := _custom_code(trainer, loader, pre_processor)):
-        yield f"{custom} may give other images in every epoch: set feature_cache to true if that is not so"
-    augmentations = getattr(loader.dataset, "augmentations", None)
-    transforms = [*_flat(augmentations), *_flat(getattr(pre_processor, "transform", None))]
-    if random := [type(step).__name__ for step in transforms if type(step) not in _DETERMINISTIC]:
-        yield f"{', '.join(random)} may change the training images in every epoch: leave it out"
-
-
-def _custom_code(trainer: Trainer, loader: DataLoader, pre_processor: Any) -> str | None:  # noqa: ANN401
-    """What between file and model is not anomalib's or Lightning's, and so may do anything."""
-    if type(loader) is not DataLoader:
-        return type(loader).__name__
-    if loader.dataset.__class__.__module__.partition(".")[0] != "anomalib":
-        return loader.dataset.__class__.__name__
-    if loader.collate_fn != loader.dataset.collate_fn:
-        return "the DataLoader's collate_fn"
-    if pre_processor is not None and type(pre_processor) is not PreProcessor:
-        return type(pre_processor).__name__
-    for owner in (trainer.lightning_module, trainer.datamodule, *trainer.callbacks):
-        for hook in _HOOKS_WITH_A_BATCH:
-            method = getattr(owner, hook, None)
-            if method is not None and method.__module__.partition(".")[0] not in _KNOWN_PACKAGES:
-                return f"{type(owner).__name__}.{hook}"
+        return "the trainer reloads the training data: set reload_dataloaders_every_n_epochs to 0"
+    plain = type(loader) is DataLoader and type(loader.batch_sampler) is BatchSampler
+    rebuilt = trainer.world_size > 1 or trainer.overfit_batches  # by Lightning, with another sampler
+    numbered = isinstance(loader, DataLoader) and loader.batch_sampler is not None
+    if not (plain if rebuilt else numbered) or isinstance(loader.dataset, IterableDataset):
+        return "the training data are no plain DataLoader of a map-style data set with a batch size: give one"
+    if not trusting and (custom := _custom_code(trainer, loader)):
+        return f"{custom} may give other images in every epoch: set feature_cache to true if that is not so"
+    pre_processor = getattr(trainer.lightning_module, "pre_processor", None)
+    transforms = (getattr(loader.dataset, "augmentations", None), getattr(pre_processor, "transform", None))
+    if random := [type(step).__name__ for step in _flat(transforms) if type(step) not in _DETERMINISTIC]:
+        return f"{', '.join(random)} may change the training images in every epoch: leave it out"
     return None
 
 
-def _flat(transform: Any) -> Iterator[Any]:  # noqa: ANN401
-    if type(transform) is v2.Compose:  # a subclass may do anything
-        for step in transform.transforms:
-            yield from _flat(step)
-    elif transform is not None:
-        yield transform
+def _custom_code(trainer: Trainer, loader: DataLoader) -> str | None:
+    """What between file and model is not anomalib's or Lightning's, and so may do anything."""
+    if type(loader) is not DataLoader:
+        return type(loader).__name__
+    dataset = loader.dataset.__class__  # of the wrapped data set where UnreadableImages wrapped it
+    parts = {dataset.__name__: dataset, "the DataLoader's collate_fn": loader.collate_fn}
+    for owner in (trainer.lightning_module, trainer.datamodule, *trainer.callbacks):
+        hooks = {name: getattr(owner, name) for name in _HOOKS_WITH_A_BATCH if hasattr(owner, name)}
+        parts |= {f"{type(owner).__name__}.{name}": hook for name, hook in hooks.items()}
+    return next((name for name, part in parts.items() if part.__module__.split(".")[0] not in _KNOWN_PACKAGES), None)
+
+
+def _flat(transforms: Iterable[Any]) -> Iterator[Any]:
+    for transform in filter(None, transforms):  # a subclass of Compose may do anything
+        yield from _flat(transform.transforms) if type(transform) is v2.Compose else [transform]

@@ -1,8 +1,8 @@
 """Errors and warnings that name the image file."""
 
 import logging
-from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
+from functools import partial
 from typing import Any, SupportsIndex
 
 import wrapt
@@ -23,61 +23,30 @@ class UnreadableImages(Callback):
     Data sets with their own ``__getitem__`` are left alone: what they read, and what their errors mean, is theirs.
     """
 
-    def setup(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Have the data loaders wrapped when the trainer asks for them."""
         fit = trainer.fit_loop
-        loops = {
-            "fit": (fit, fit.epoch_loop.val_loop),
-            "validate": (trainer.validate_loop,),
-            "test": (trainer.test_loop,),
-            "predict": (trainer.predict_loop,),
-        }
-        for loop in loops[stage]:
-            wrap_dataloaders(loop, "paths", _wrap_all)
-
-
-def _wrap_all(loaders: Any) -> Any:  # noqa: ANN401
-    return apply_to_collection(loaders, DataLoader, _wrap)
+        for loop in (fit, fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            wrap_dataloaders(loop, "paths", partial(apply_to_collection, dtype=DataLoader, function=_wrap))
 
 
 def _wrap(loader: DataLoader) -> DataLoader:
-    dataset = loader.dataset
-    read = getattr(type(dataset), "__getitem__", None)
+    read = getattr(type(loader.dataset), "__getitem__", None)
     if type(loader) is not DataLoader or getattr(read, "__module__", "").partition(".")[0] != "anomalib":
         return loader
-    if hasattr(dataset, "image_filenames"):
-        paths = list(dataset.image_filenames)
-    else:
-        samples = getattr(dataset, "samples", None)
-        if samples is None or "image_path" not in samples:
-            return loader
-        paths = list(samples.image_path)
-    _warn_of_lost_bits(paths[:1])
-    return clone_dataloader(loader, dataset=PathErrorDataset(dataset, paths))
+    path = _paths(loader.dataset)[0]
+    with suppress(*_UNREADABLE), Image.open(path) as image:  # the header of one image alone
+        if image.mode.startswith(("I", "F")):
+            logger.warning("%s has more than 8 bits a pixel, of which anomalib takes 8: convert such images.", path)
+    return clone_dataloader(loader, dataset=PathErrorDataset(loader.dataset))
 
 
-def _warn_of_lost_bits(paths: Sequence[str | Path]) -> None:
-    for path in paths:
-        try:
-            with Image.open(path) as image:  # its header alone
-                mode = image.mode
-        except _UNREADABLE:
-            return  # which is an error when, and if, it is read
-        if mode.startswith(("I", "F")):
-            logger.warning(
-                "%s has more than 8 bits a pixel (%s), and anomalib takes all above 255 for white: convert such images "
-                "to 8 bits. Only the first image of a data set is checked.",
-                path,
-                mode,
-            )
+def _paths(dataset: Any) -> list[Any]:  # noqa: ANN401
+    return getattr(dataset, "image_filenames", None) or list(dataset.samples.image_path)  # of PredictDataset, of others
 
 
 class PathErrorDataset(wrapt.ObjectProxy):
     """A data set of anomalib that names images which it cannot read, or not in full."""
-
-    def __init__(self, dataset: Dataset, paths: Sequence[str | Path]) -> None:
-        super().__init__(dataset)
-        self._self_paths = paths
 
     def __getitem__(self, index: int) -> Any:  # noqa: ANN401
         try:
@@ -85,11 +54,9 @@ class PathErrorDataset(wrapt.ObjectProxy):
         except _UNREADABLE as error:
             if getattr(error, "filename", None) is not None:
                 raise  # of the operating system, which names the file
-            msg = (
-                f"{self._self_paths[index]}, or its mask, cannot be read: {type(error).__name__}: {error}. "
-                "Replace or remove the file."
-            )
+            problem = f"cannot be read: {type(error).__name__}: {error}. Replace or remove the file."
+            msg = f"{_paths(self)[index]}, or its mask, {problem}"
             raise ValueError(msg) from error
 
-    def __reduce_ex__(self, _protocol: SupportsIndex) -> tuple[type, tuple[Dataset, Sequence[str | Path]]]:
-        return PathErrorDataset, (self.__wrapped__, self._self_paths)  # for workers that are not forked
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> tuple[type, tuple[Dataset]]:
+        return PathErrorDataset, (self.__wrapped__,)  # for workers that are not forked

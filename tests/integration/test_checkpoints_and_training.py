@@ -174,7 +174,7 @@ def test_fit_repeats_with_or_without_cache_and_workers(pictures: Path, tmp_path:
     states = []
     for cache, workers in ((False, 0), (False, 2), (True, 0), (True, 2)):
         seed_everything(3)
-        model = tiny_model(whiten=whiten, feature_cache=cache, feature_cache_dtype="float32", patch_fraction=0.5)
+        model = tiny_model(whiten=whiten, feature_cache=cache, patch_fraction=0.5)
         engine = Engine(max_epochs=3, accelerator="cpu", deterministic=True, default_root_dir=tmp_path)
         engine.fit(model, datamodule=folder_data(pictures, num_workers=workers))
         states.append(model.state_dict())

@@ -132,7 +132,6 @@ def test_paper_config_holds_the_values_of_the_paper() -> None:
         "distance_weight": 0.0,
         "top_patches": 1,
         "averaging": False,
-        "feature_cache_dtype": "float32",
         "margin": 0.5,
         "adapter_lr": 1e-4,
         "discriminator_lr": 2e-4,
