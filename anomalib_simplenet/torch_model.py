@@ -76,7 +76,8 @@ class SimpleNetModel(nn.Module):
 
     def __init__(
         self,
-        backbone: str | Any = "wide_resnet50_2.tv_in1k",  # nn.Module would list every module in --model.help
+        # str | nn.Module, but then --model.help would list every module there is.
+        backbone: str | Any = "wide_resnet50_2.tv_in1k",  # noqa: ANN401
         layers: Sequence[str] = ("layer2", "layer3"),
         pre_trained: bool = True,
         backbone_args: dict[str, Any] | None = None,

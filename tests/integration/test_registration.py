@@ -13,9 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
-from anomalib_simplenet import SimpleNet
+from anomalib_simplenet import SimpleNet, SimpleNetModel
 
-ARGUMENTS = {name: parameter.default for name, parameter in signature(SimpleNet).parameters.items()}
+ARGUMENTS = {
+    name: parameter.default
+    for each in (SimpleNet, SimpleNetModel)
+    for name, parameter in signature(each).parameters.items()
+    if name != "architecture"
+}
 ANOMALIB = shutil.which("anomalib", path=str(Path(sys.executable).parent)) or "anomalib"
 NO_AUTOLOAD = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 WARNING = "anomalib-simplenet could not register its model"

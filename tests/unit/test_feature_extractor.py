@@ -286,7 +286,7 @@ def test_checkpoint_rebuilds_a_folders_backbone_without_the_folder(
 ) -> None:
     folder = weights_folder("resnet18", {"output_stride": 16}, {})
     sizes = {"pretrain_embed_dimension": 24, "target_embed_dimension": 32, "discriminator_hidden": 16}
-    model = SimpleNet(folder, ["layer4"], **sizes).eval()
+    model = SimpleNet(backbone=folder, layers=["layer4"], **sizes).eval()
     checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
     checkpoint["pytorch-lightning_version"] = "2.6.0"
     model.on_save_checkpoint(checkpoint)
@@ -295,7 +295,9 @@ def test_checkpoint_rebuilds_a_folders_backbone_without_the_folder(
     images = torch.rand(1, 3, 64, 96)
     loaded = SimpleNet.load_from_checkpoint(tmp_path / "model.ckpt").eval()  # with weights_only=True
     assert torch.equal(loaded(images).pred_score, model(images).pred_score)
-    other = SimpleNet("resnet18", ["layer4"], pre_trained=False, **sizes)  # `anomalib test --model SimpleNet ...`
+    other = SimpleNet(
+        backbone="resnet18", layers=["layer4"], pre_trained=False, **sizes
+    )  # `anomalib test --model SimpleNet ...`
     read = torch.load(tmp_path / "model.ckpt", weights_only=True)
     other.on_load_checkpoint(read)
     other.load_state_dict(read["state_dict"])

@@ -98,7 +98,7 @@ class Golden:
         """Take the three stored training steps."""
         from anomalib_simplenet.lightning_model import SimpleNet
 
-        lightning = SimpleNet("resnet18", pre_trained=False, layers=["layer2"])
+        lightning = SimpleNet(backbone="resnet18", pre_trained=False, layers=["layer2"])
         lightning.model = self.model
         optimizer = lightning.configure_optimizers()
         losses = []

@@ -8,11 +8,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentError, ArgumentParser
 
-from anomalib_simplenet import SimpleNet
+from anomalib_simplenet import SimpleNet, SimpleNetModel
 from tests.integration.conftest import FULL_TRIALS, TINY
 
-COMPONENTS = ("backbone", "pre_processor", "post_processor", "evaluator", "visualizer")
-NAMES = [name for name in signature(SimpleNet).parameters if name not in COMPONENTS]
+COMPONENTS = ("backbone", "pre_processor", "post_processor", "evaluator", "visualizer", "architecture")
+ALL = (*signature(SimpleNet).parameters, *signature(SimpleNetModel).parameters)
+NAMES = [name for name in ALL if name not in COMPONENTS]
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
@@ -41,7 +42,7 @@ MANY = settings(
 @example("x").via("often forgotten")
 @example([]).via("often forgotten")
 @given(value=VALUES)
-def test_a_value_works_or_is_refused_by_name(name: str, value: object) -> None:
+def test_model_takes_a_value_or_refuses_it_by_name(name: str, value: object) -> None:
     refusal = None
     try:
         model = SimpleNet(**{**TINY, name: value})
@@ -54,6 +55,10 @@ def test_a_value_works_or_is_refused_by_name(name: str, value: object) -> None:
         return
     if name == "pre_trained" and value:  # no hub at hand
         return
+    assert_trains_and_predicts(model)
+
+
+def assert_trains_and_predicts(model: SimpleNet) -> None:
     loss = model.loss(*model.model.train()(torch.rand(2, 3, 64, 64)))
     loss.backward()
     model.configure_optimizers().step()
@@ -68,13 +73,14 @@ def test_a_value_works_or_is_refused_by_name(name: str, value: object) -> None:
 @example("nan").via("often forgotten")
 @example("").via("often forgotten")
 @given(text=st.one_of(VALUES.map(str), st.text("[]{}:-,.1eax", max_size=5)))
-def test_a_word_on_the_command_line_works_or_is_refused_by_name(name: str, text: str) -> None:
+def test_command_line_takes_a_word_or_refuses_it_by_name(name: str, text: str) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SimpleNet, skip={*COMPONENTS})
-    refusal = name
     try:
         arguments = parser.parse_args([f"--{name}={text}"])
-        SimpleNet(**{**TINY, name: arguments[name]})
+        model = SimpleNet(**{**TINY, name: arguments[name]})
     except (ArgumentError, ValueError) as error:
-        refusal = str(error)
-    assert name in refusal
+        assert name in str(error)
+        return
+    if name != "pre_trained" or not arguments[name]:  # no hub at hand
+        assert_trains_and_predicts(model)
