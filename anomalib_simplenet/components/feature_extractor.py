@@ -67,7 +67,8 @@ class FeatureExtractor(nn.Module):
         backbone_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(layers, str) or not layers or not all(isinstance(layer, str) for layer in layers):
+        named = isinstance(layers, Sequence) and all(isinstance(layer, str) for layer in layers)
+        if isinstance(layers, str) or not layers or not named:
             msg = f"layers is {layers!r}, expected a list with the name of at least one layer, such as ['layer2']."
             raise ValueError(msg)
         if len(set(layers)) != len(layers):

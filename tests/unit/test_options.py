@@ -76,11 +76,12 @@ def assert_trains_and_predicts(model: SimpleNet) -> None:
 def test_command_line_takes_a_word_or_refuses_it_by_name(name: str, text: str) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SimpleNet, skip={*COMPONENTS})
+    model, refusal = None, name
     try:
-        arguments = parser.parse_args([f"--{name}={text}"])
-        model = SimpleNet(**{**TINY, name: arguments[name]})
+        value = parser.parse_args([f"--{name}={text}"])[name]
+        model = SimpleNet(**{**TINY, name: value})
     except (ArgumentError, ValueError) as error:
-        assert name in str(error)
-        return
-    if name != "pre_trained" or not arguments[name]:  # no hub at hand
+        refusal = str(error)
+    assert name in refusal
+    if model is not None and not (name == "pre_trained" and value):  # no hub at hand
         assert_trains_and_predicts(model)
