@@ -28,10 +28,7 @@ DEFAULT_ROOT = Path("results")  # Engine's default_root_dir, which Engine.export
 
 
 class ExactExport(ExportMixin):
-    """anomalib's exports, computing what the checkpoint computes: antialiased resize, float32, quantized backbone.
-
-    To be inherited before :class:`anomalib.models.AnomalibModule`.
-    """
+    """anomalib's exports, computing what the checkpoint computes; to be inherited before ``AnomalibModule``."""
 
     pre_processor: Any
     post_processor: Any
@@ -134,7 +131,6 @@ class ExactExport(ExportMixin):
         root, checkpoint = Path(export_root), self.checkpoint_path
         if root == DEFAULT_ROOT and checkpoint and checkpoint.parts[-3:-1] == ("weights", "lightning"):
             root = checkpoint.parents[2]
-        path = root / "weights" / kind / file_name
-        if path.exists():
+        if (path := root / "weights" / kind / file_name).exists():
             logger.warning("Replacing %s, an earlier export. To keep both, pass another --export_root.", path)
         return root

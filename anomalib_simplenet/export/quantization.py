@@ -43,12 +43,12 @@ def quantize(
     metric: Metric | str | None = None,
     max_drop: float = 0.01,
 ) -> ov.Model:
-    """Quantize a model's backbone to eight bits with NNCF; pooling, whitening, head and smoothing stay in float32.
+    """Quantize a model's backbone to eight bits with NNCF; its other weights are rounded to half precision.
 
-    These are a small part of the work, and rounding them costs accuracy: the whitening magnifies small differences.
+    The rest is computed in float32. It is a small part of the work, and whitening magnifies rounding errors.
 
     Args:
-        model (ov.Model): Model to compress; its other weights are rounded to half precision.
+        model (ov.Model): Model to compress.
         compression_type (CompressionType): ``INT8`` (weights), ``INT8_PTQ`` (weights and features) or ``INT8_ACQ``
             (weights and features, except operations that cost too much accuracy).
         head (set[str]): Output of :func:`head_operations`.
