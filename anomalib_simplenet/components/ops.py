@@ -13,15 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 
 def resize(feature: torch.Tensor, grid: tuple[int, int] | torch.Size) -> torch.Tensor:
-    """Resize maps bilinearly, with corners not aligned and, as the authors do, without antialiasing.
-
-    Args:
-        feature (torch.Tensor): Maps of shape ``(N, C, h, w)``.
-        grid (tuple[int, int] | torch.Size): ``(H, W)``.
-
-    Returns:
-        torch.Tensor: Maps of shape ``(N, C, H, W)``.
-    """
+    """Resize maps ``(N, C, h, w)`` bilinearly to ``(N, C, H, W)``, as the authors do without antialiasing."""
     if feature.shape[-2:] == grid:
         return feature
     if torch.compiler.is_exporting():
@@ -73,14 +65,8 @@ def resize_matrix(size: int, out: int, like: torch.Tensor, antialias: bool) -> t
 def non_finite(images: torch.Tensor, patch_scores: torch.Tensor) -> torch.Tensor:
     """Find images with pixels or scores that are NaN or infinite.
 
-    Comparisons with NaN are false, so a threshold would call such an image normal.
-
-    Args:
-        images (torch.Tensor): Images of shape ``(N, 3, H, W)``.
-        patch_scores (torch.Tensor): Their patch scores, of shape ``(N, 1, h, w)``.
-
-    Returns:
-        torch.Tensor: Boolean, of shape ``(N,)``.
+    Comparisons with NaN are false, so a threshold would call such an image normal. Takes images ``(N, 3, H, W)`` and
+    their patch scores ``(N, 1, h, w)``, returns booleans ``(N,)``.
     """
     # A mean is not finite if one of its terms is not; it costs less than a look at each pixel.
     return ~(images.mean(dim=(1, 2, 3)) + patch_scores.mean(dim=(1, 2, 3))).isfinite()

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_simplenet.checks import check_number
+
 from .ops import add, resize
 
 
@@ -30,7 +32,7 @@ class PatchAggregation(nn.Module):
             over the border between two layers, their segments overlap and their contributions add up.
 
     Raises:
-        ValueError: If ``patch_size`` is even or below 1, or a dimension is below 1.
+        ValueError: If ``patch_size`` is no odd integer of at least 1, or a dimension no integer of at least 1.
     """
 
     def __init__(
@@ -41,30 +43,25 @@ class PatchAggregation(nn.Module):
         target_embed_dimension: int = 1536,
     ) -> None:
         super().__init__()
-        if patch_size < 1 or patch_size % 2 == 0:
-            msg = f"patch_size is {patch_size}, expected an odd number: 1, 3 (the paper's), 5, ..."
+        check_number("patch_size", patch_size, at_least=1, integer=True, hint="and odd (the paper's is 3)")
+        if patch_size % 2 == 0:
+            msg = f"patch_size is {patch_size}, expected an odd integer, such as 3 (the paper's)."
             raise ValueError(msg)
-        for name, value in (
-            ("pretrain_embed_dimension", pretrain_embed_dimension),
-            ("target_embed_dimension", target_embed_dimension),
-        ):
-            if value is not None and value < 1:
-                msg = f"{name} is {value}, expected 1 or more (the paper's is 1536)."
-                raise ValueError(msg)
+        if pretrain_embed_dimension is not None:
+            check_number("pretrain_embed_dimension", pretrain_embed_dimension, at_least=1, integer=True)
+        check_number("target_embed_dimension", target_embed_dimension, at_least=1, integer=True)
         self.dimension = target_embed_dimension
         self.padding = patch_size // 2
         self.segments: list[slice] = []
         self.groups: list[int] = []
 
         sizes = [pretrain_embed_dimension or layer_channels for layer_channels in channels]
-        target_windows = _pooling_windows(sum(sizes), target_embed_dimension)
-        for index, (layer_channels, size) in enumerate(zip(channels, sizes, strict=True)):
-            flat = layer_channels * patch_size**2
-            offset = sum(sizes[:index])
-            pooled = _pooling_matrix(_pooling_windows(flat, size), flat)
-            segment, weight = _pool_rows(pooled, target_windows, offset)
-            weight = weight.reshape(-1, layer_channels, patch_size, patch_size)
-            groups, weight = _group(weight)
+        layers = _pooling_matrix(sum(sizes), target_embed_dimension).split(sizes, dim=1)
+        for index, (layer_channels, size, columns) in enumerate(zip(channels, sizes, layers, strict=True)):
+            rows = columns.any(dim=1).nonzero()
+            segment = slice(int(rows[0]), int(rows[-1]) + 1)
+            weight = columns[segment].to_sparse() @ _pooling_matrix(layer_channels * patch_size**2, size)
+            groups, weight = _group(weight.reshape(-1, layer_channels, patch_size, patch_size))
             self.segments.append(segment)
             self.groups.append(groups)
             # Fixed by the arguments, so no part of a checkpoint.
@@ -83,14 +80,7 @@ class PatchAggregation(nn.Module):
             yield F.conv2d(feature, getattr(self, f"weight_{index}"), padding=self.padding, groups=groups)
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Embed patches.
-
-        Args:
-            features (Sequence[torch.Tensor]): Map of each layer, of shape ``(N, C, h, w)``, each with its own sizes.
-
-        Returns:
-            torch.Tensor: Embeddings of shape ``(N, target_embed_dimension, h, w)`` on the grid of the first layer.
-        """
+        """Embed patches of maps as :meth:`pool` takes: ``(N, target_embed_dimension, h, w)`` on the first grid."""
         grid = features[0].shape[-2:]
         pooled = [resize(contribution, grid) for contribution in self.pool(features)]
         stops = [segment.stop for segment in self.segments]
@@ -122,31 +112,11 @@ def project(pooled: Iterable[torch.Tensor], weights: Sequence[torch.Tensor], bia
     return add(parts)
 
 
-def _pooling_windows(size: int, out: int) -> list[tuple[int, int]]:
-    """Start and stop of each window that ``adaptive_avg_pool1d`` averages."""
-    return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
-
-
-def _pooling_matrix(windows: list[tuple[int, int]], size: int) -> torch.Tensor:
-    """Adaptive average pooling as a matrix of shape ``(windows, size)``."""
-    matrix = torch.zeros(len(windows), size, dtype=torch.float64)
-    for row, (start, stop) in enumerate(windows):
-        matrix[row, start:stop] = 1 / (stop - start)
-    return matrix
-
-
-def _pool_rows(matrix: torch.Tensor, windows: list[tuple[int, int]], offset: int) -> tuple[slice, torch.Tensor]:
-    """Average rows of ``matrix``, which are rows ``offset`` to ``offset + len(matrix)`` of a taller one otherwise zero.
-
-    Returns:
-        tuple[slice, torch.Tensor]: The windows that reach these rows, and their averages.
-    """
-    cumulative = torch.cat([torch.zeros_like(matrix[:1]), matrix.cumsum(dim=0)])
-    reached = [i for i, (start, stop) in enumerate(windows) if start < offset + len(matrix) and stop > offset]
-    segment = slice(reached[0], reached[-1] + 1)
-    bounds = torch.tensor(windows[segment])
-    start, stop = (bounds - offset).clamp(0, len(matrix)).T
-    return segment, (cumulative[stop] - cumulative[start]) / (bounds[:, 1:] - bounds[:, :1])
+def _pooling_matrix(size: int, out: int) -> torch.Tensor:
+    """Return ``adaptive_avg_pool1d`` as a matrix of shape ``(out, size)``."""
+    index, position = torch.arange(out)[:, None], torch.arange(size)
+    window = (position >= index * size // out) & (position < -(-(index + 1) * size // out))
+    return window.double() / window.sum(dim=1, keepdim=True)
 
 
 def _group(weight: torch.Tensor) -> tuple[int, torch.Tensor]:
@@ -158,11 +128,11 @@ def _group(weight: torch.Tensor) -> tuple[int, torch.Tensor]:
     out_channels, in_channels = weight.shape[:2]
     most = gcd(out_channels, in_channels)
     out_index, in_index = weight.abs().sum(dim=(2, 3)).nonzero().T
-    for groups in range(most, 1, -1):
-        if most % groups == 0 and torch.equal(
-            out_index // (out_channels // groups), in_index // (in_channels // groups)
-        ):
-            blocks = weight.reshape(groups, out_channels // groups, groups, in_channels // groups, *weight.shape[2:])
-            diagonal = torch.arange(groups)
-            return groups, blocks[diagonal, :, diagonal].flatten(0, 1)
-    return 1, weight
+    groups = next(
+        n
+        for n in range(most, 0, -1)
+        if most % n == 0 and torch.equal(out_index // (out_channels // n), in_index // (in_channels // n))
+    )
+    blocks = weight.unflatten(1, (groups, -1)).unflatten(0, (groups, -1))
+    diagonal = torch.arange(groups)
+    return groups, blocks[diagonal, :, diagonal].flatten(0, 1)

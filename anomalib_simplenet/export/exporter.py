@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ from anomalib.deploy import CompressionType
 from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.pre_processing import PreProcessor
 
-from .openvino import keep_float32, link_for_model_server, prepend_resize
+from .openvino import keep_float32, prepend_resize
 from .quantization import head_operations, quantize
 from .transforms import check_exportable, exportable_transform, split_resize
 
@@ -30,10 +28,7 @@ DEFAULT_ROOT = Path("results")  # Engine's default_root_dir, which Engine.export
 
 
 class ExactExport(ExportMixin):
-    """anomalib's exports, computing what the checkpoint computes: antialiased resize, float32, quantized backbone.
-
-    To be inherited before :class:`anomalib.models.AnomalibModule`.
-    """
+    """anomalib's exports, computing what the checkpoint computes; to be inherited before ``AnomalibModule``."""
 
     pre_processor: Any
     post_processor: Any
@@ -51,14 +46,8 @@ class ExactExport(ExportMixin):
 
         Uses the present transform of the pre-processor; anomalib's ``export_transform`` lacks the antialiasing.
         """
-        if isinstance(self.pre_processor, PreProcessor):
-            transform = self.pre_processor.transform
-            if torch.compiler.is_exporting():
-                transform = exportable_transform(transform)
-            batch = transform(batch) if transform else batch
-        elif self.pre_processor:
-            batch = self.pre_processor(batch)
-        predictions = self.model(batch)
+        transform = self._transform(exportable=torch.compiler.is_exporting())
+        predictions = self.model(transform(batch) if transform else batch)
         return self.post_processor(predictions) if self.post_processor else predictions
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
@@ -72,18 +61,14 @@ class ExactExport(ExportMixin):
         input_size: tuple[int, int] | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> Path:
-        """Export to ONNX, as one file if it is below 2 GiB.
+        """Export to ONNX as anomalib does, as one file if it is below 2 GiB.
 
-        The arguments are those of :meth:`anomalib.models.AnomalibModule.to_onnx`. Opset 18 is the default, below which
-        torch's exporter fails to convert its graph.
-
-        Returns:
-            Path: The ``.onnx`` file, in ``weights/onnx`` under ``export_root``.
+        Opset 18 is the default, below which torch's exporter fails to convert its graph.
 
         Raises:
             ValueError: If the pre-processor cannot be exported for images of any size, and ``input_size`` is ``None``.
         """
-        check_exportable(self._exported_transform(), input_size)
+        check_exportable(self._transform(), input_size)
         if input_size is None and "dynamic_axes" not in kwargs:
             # anomalib would trace an image of 2 x 2 pixels, too small to tell its size from that of its feature maps.
             least = 2 * self.model.feature_extractor.stride
@@ -92,8 +77,9 @@ class ExactExport(ExportMixin):
         size = sum(tensor.nbytes for tensor in self.state_dict().values())
         defaults = {"opset_version": 18, "external_data": size > ONE_FILE, "verbose": False}
         root = self._export_root(export_root, "onnx", f"{model_file_name}.onnx")
-        with _quiet("onnxscript", "onnx_ir"):
-            return super().to_onnx(root, model_file_name, input_size, **{**defaults, **kwargs})
+        for name in ("onnxscript", "onnx_ir"):  # progress messages, which anomalib's command line would show
+            logging.getLogger(name).setLevel(logging.WARNING)
+        return super().to_onnx(root, model_file_name, input_size, **{**defaults, **kwargs})
 
     def to_openvino(
         self,
@@ -108,19 +94,14 @@ class ExactExport(ExportMixin):
         ov_kwargs: dict[str, Any] | None = None,
         onnx_kwargs: dict[str, Any] | None = None,
     ) -> Path:
-        """Export to OpenVINO, computing in float32.
+        """Export to OpenVINO with anomalib's arguments (``task`` is not used), computing in float32.
 
-        The arguments are those of :meth:`anomalib.models.AnomalibModule.to_openvino`; ``task`` is not used. Compression
-        to eight bits quantizes the backbone alone (:func:`quantize`).
-
-        Returns:
-            Path: The ``.xml`` file, in ``weights/openvino`` under ``export_root``; linked into the folder ``1`` there,
-            where OpenVINO Model Server looks for it.
+        Compression to eight bits quantizes the backbone alone (:func:`quantize`).
         """
         import openvino as ov
 
         pre_processor = self.pre_processor
-        resized, rest = split_resize(self._exported_transform())
+        resized, rest = split_resize(self._transform())
         with TemporaryDirectory() as folder:
             if resized:
                 self.pre_processor = PreProcessor(rest)
@@ -133,39 +114,23 @@ class ExactExport(ExportMixin):
         if resized:
             model = prepend_resize(model, input_size)
         if compression_type not in {None, CompressionType.FP16}:
-            with _quiet("nncf"):
-                model = quantize(model, compression_type, head, datamodule, metric, max_drop)
+            model = quantize(model, compression_type, head, datamodule, metric, max_drop)
         keep_float32(model)
-        path = self._export_root(export_root, "openvino", f"{model_file_name}.xml")
-        path = path / "weights" / "openvino" / f"{model_file_name}.xml"
+        root = self._export_root(export_root, "openvino", f"{model_file_name}.xml")
+        path = root / "weights" / "openvino" / f"{model_file_name}.xml"
         path.parent.mkdir(parents=True, exist_ok=True)
         ov.save_model(model, path, compress_to_fp16=compression_type == CompressionType.FP16)
-        link_for_model_server(path)
         return path
 
-    def _exported_transform(self) -> Any:  # noqa: ANN401
-        return exportable_transform(getattr(self.pre_processor, "transform", None))
+    def _transform(self, *, exportable: bool = True) -> Any:  # noqa: ANN401
+        transform = getattr(self.pre_processor, "transform", self.pre_processor or None)
+        return exportable_transform(transform) if exportable else transform
 
     def _export_root(self, export_root: Path | str, kind: str, file_name: str) -> Path:
-        """The run's folder of the checkpoint where the user gave none; warns before an export is replaced."""
+        """The folder of the checkpoint's run where the user gave none; warns before an export is replaced."""
         root, checkpoint = Path(export_root), self.checkpoint_path
         if root == DEFAULT_ROOT and checkpoint and checkpoint.parts[-3:-1] == ("weights", "lightning"):
             root = checkpoint.parents[2]
-        path = root / "weights" / kind / file_name
-        if path.exists():
+        if (path := root / "weights" / kind / file_name).exists():
             logger.warning("Replacing %s, an earlier export. To keep both, pass another --export_root.", path)
         return root
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Hide progress messages of other libraries, which anomalib's command line would show; warnings stay."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(max(each.level, logging.WARNING))
-    try:
-        yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)

@@ -1,9 +1,7 @@
-"""OpenVINO models: resize, precision, files."""
+"""OpenVINO models: resize and precision."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from shutil import copyfile
 from typing import TYPE_CHECKING
 
 from anomalib_simplenet.compat import mark_precise
@@ -13,14 +11,9 @@ if TYPE_CHECKING:
 
 
 def prepend_resize(model: ov.Model, input_size: tuple[int, int] | None) -> ov.Model:
-    """Let an OpenVINO model resize its images first, antialiased as in training, by OpenVINO's own fast operation.
+    """Let a model of images ``(N, 3, h, w)`` resize others to that size first, antialiased as in training.
 
-    Args:
-        model (ov.Model): Model of images of one size, ``(N, 3, h, w)``.
-        input_size (tuple[int, int] | None): ``(height, width)`` of the images to accept; ``None`` for any.
-
-    Returns:
-        ov.Model: Model of images ``(N, 3, H, W)``.
+    OpenVINO's own operation is fast. ``input_size`` is the ``(height, width)`` to accept, ``None`` for any.
     """
     from openvino import Layout
     from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
@@ -57,16 +50,3 @@ def keep_float32(model: ov.Model) -> None:
     for node in model.get_ops():
         if node.get_type_name() != "Constant":
             mark_precise(node)
-
-
-def link_for_model_server(path: Path) -> None:
-    """Link a model's files into the folder ``1`` beside them, the version folder that OpenVINO Model Server needs."""
-    version = path.parent / "1"
-    version.mkdir(exist_ok=True)
-    for file in (path, path.with_suffix(".bin")):
-        served = version / file.name
-        served.unlink(missing_ok=True)
-        try:
-            served.hardlink_to(file)
-        except OSError:  # a file system without links
-            copyfile(file, served)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from copy import deepcopy
 
 import torch
 from anomalib.data.transforms import ExportableCenterCrop
-from anomalib.pre_processing.utils.transform import convert_center_crop_transform
-from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
 
 from anomalib_simplenet.components.ops import resize_by_product
 
@@ -21,9 +19,7 @@ NEVER_ANTIALIASED = {InterpolationMode.NEAREST, InterpolationMode.NEAREST_EXACT,
 class ExportableResize(Resize):
     """Antialiased bilinear ``Resize`` that every runtime computes alike.
 
-    OpenVINO ignores the antialiasing of ONNX's ``Resize``, so anomalib switches it off for exported models, whose
-    scores then differ from their checkpoint's on images larger than the model's input. This class exports the resize as
-    two matrix products. Outside exports it is torchvision's own.
+    OpenVINO ignores the antialiasing of ONNX's ``Resize``. Exported graphs resize by two matrix products instead.
     """
 
     def transform(self, inpt: torch.Tensor, params: dict) -> torch.Tensor:
@@ -36,28 +32,27 @@ class ExportableResize(Resize):
 
 
 def exportable_transform(transform: Transform | None) -> Transform | None:
-    """Copy a transform with its ``Resize`` and ``CenterCrop`` in a form that can be exported.
+    """Copy a transform with its antialiased bilinear ``Resize`` and its ``CenterCrop`` in a form that can be exported.
 
-    Args:
-        transform (Transform | None): The transform that a pre-processor applies in training.
-
-    Returns:
-        Transform | None: A transform that computes the same. An antialiased ``Resize`` with another interpolation than
-        bilinear is left as it is.
+    Lists in lists become one list.
     """
-    return convert_center_crop_transform(_replace_resize(deepcopy(transform)))
+    match transform:
+        case Compose():
+            steps = [exportable_transform(step) for step in transform.transforms]
+            return Compose([part for step in steps for part in _steps(step)])
+        case Resize(antialias=True, size=[*size], interpolation=kind) if kind in BILINEAR:
+            return ExportableResize(size, max_size=transform.max_size, antialias=True)
+        case CenterCrop():
+            return ExportableCenterCrop(transform.size)
+    return transform
 
 
 def check_exportable(transform: Transform | None, input_size: tuple[int, int] | None) -> None:
     """Refuse transforms whose output size depends on an unknown image size; warn about resizes that are not exact.
 
-    Args:
-        transform (Transform | None): Output of :func:`exportable_transform`.
-        input_size (tuple[int, int] | None): ``(height, width)`` of the images to export for; ``None`` for any.
-
     Raises:
-        ValueError: If ``input_size`` is ``None`` and images are resized to a single number (the shorter side), or
-            cropped before they are resized.
+        ValueError: If ``input_size``, ``(height, width)`` of the images, is ``None``, and the exportable ``transform``
+            resizes images to a single number (the shorter side), or crops them before it resizes.
     """
     sized = input_size is not None
     for step in _steps(transform):
@@ -79,33 +74,15 @@ def check_exportable(transform: Transform | None, input_size: tuple[int, int] | 
 
 
 def split_resize(transform: Transform | None) -> tuple[tuple[int, int] | None, Transform | None]:
-    """Take the resize off a transform of :func:`exportable_transform`, if it comes first.
-
-    Returns:
-        tuple[tuple[int, int] | None, Transform | None]: ``(height, width)`` of that resize, ``None`` if there is none;
-        and the remaining transform.
-    """
-    steps = _steps(transform)
-    if steps and isinstance(steps[0], ExportableResize) and len(steps[0].size) == 2:
-        height, width = steps[0].size
-        return (height, width), Compose(steps[1:]) if steps[1:] else None
+    """Split an exportable transform into the ``(height, width)`` of a resize that comes first, if any, and the rest."""
+    match _steps(transform):
+        case [ExportableResize(size=[height, width]), *rest]:
+            return (height, width), Compose(rest) if rest else None
     return None, transform
 
 
 def _steps(transform: Transform | None) -> list[Transform]:
+    """The steps of an exportable transform."""
     if isinstance(transform, Compose):
-        return [step for each in transform.transforms for step in _steps(each)]
+        return transform.transforms
     return [] if transform is None else [transform]
-
-
-def _replace_resize(transform: Transform | None) -> Transform | None:
-    if isinstance(transform, Compose):
-        transform.transforms = [_replace_resize(step) for step in transform.transforms]
-    elif (
-        isinstance(transform, Resize)
-        and transform.antialias
-        and transform.interpolation in BILINEAR
-        and transform.size is not None
-    ):
-        return ExportableResize(transform.size, max_size=transform.max_size, antialias=True)
-    return transform

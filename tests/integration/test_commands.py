@@ -172,16 +172,6 @@ def test_exported_graph_is_the_fused_one(workshop: Workshop) -> None:
     assert {n.get_type_name() for n in nodes}.isdisjoint({"AdaptiveAvgPool", "ExtractImagePatches", "Col2Im"})
 
 
-def test_model_server_finds_a_version(workshop: Workshop) -> None:
-    import openvino as ov
-
-    path = workshop.export("openvino")
-    served = ov.Core().read_model(path.parent / "1" / path.name)
-    assert [name for port in served.inputs for name in port.names] == ["input"]
-    outputs = {name for port in served.outputs for name in port.names}
-    assert outputs == {"pred_score", "pred_label", "anomaly_map", "pred_mask"}
-
-
 def test_sensitivity_on_the_command_line_counts(
     workshop: Workshop, photographs: list[Path], predicted: dict[str, ImageBatch]
 ) -> None:

@@ -54,10 +54,10 @@ def test_weights_are_no_part_of_the_state() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"patch_size": 2}, "patch_size is 2, expected an odd number"),
-        ({"patch_size": 0}, "patch_size is 0, expected an odd number"),
-        ({"pretrain_embed_dimension": 0}, "pretrain_embed_dimension is 0, expected 1 or more"),
-        ({"target_embed_dimension": -1}, "target_embed_dimension is -1, expected 1 or more"),
+        ({"patch_size": 2}, "patch_size is 2, expected an odd integer"),
+        ({"patch_size": 0}, "patch_size is 0, expected an integer of at least 1 and odd"),
+        ({"pretrain_embed_dimension": 0}, "pretrain_embed_dimension is 0, expected an integer of at least 1"),
+        ({"target_embed_dimension": -1}, "target_embed_dimension is -1, expected an integer of at least 1"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
