@@ -38,6 +38,7 @@ from .visualizer import NonSquareImageVisualizer
 logger = logging.getLogger(__name__)
 
 PAPER_EPOCHS = 160  # 40 meta-epochs of 4
+PAPER_NOISE = 0.015
 
 
 @register
@@ -122,8 +123,18 @@ class SimpleNet(ExactExport, AnomalibModule):
         if self.trainer.precision not in {"32-true", "16-mixed", "bf16-mixed"}:
             msg = f"precision is {self.trainer.precision}, expected 32-true, 16-mixed or bf16-mixed."
             raise ValueError(msg)
+        extractor = self.model.feature_extractor
         if isinstance(self.pre_processor, PreProcessor) and self.input_size is not None:
-            self.model.feature_extractor.check_image_size(self.input_size)
+            extractor.check_image_size(self.input_size)
+        papers = (
+            "wide_resnet50_2" in str(extractor.architecture) or self.model.anomaly_generator.noise_std != PAPER_NOISE
+        )
+        if stage == "fit" and self.model.whitening is None and not papers:
+            logger.warning(
+                "noise_std is %s, which suits the features of WideResNet-50-2: for another backbone set whiten to true "
+                "and noise_std to 1.",
+                PAPER_NOISE,
+            )
 
     def training_step(self, batch: Batch | CachedBatch, *_args, **_kwargs) -> torch.Tensor:
         """Loss of one batch; logs it with the shares of real and fake patches scored right (authors' p_true, p_fake).

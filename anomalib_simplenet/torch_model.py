@@ -46,10 +46,9 @@ class SimpleNetModel(nn.Module):
         noise_std (float): Standard deviation of the noise that makes anomalies. Must suit the scale of the backbone's
             features. Defaults to ``0.015``.
         mix_noise (int): Number of noise scales, ``noise_std * 1.1**k``. Defaults to ``1``.
-        whiten (bool | str): Not in the paper: whether to whiten embeddings with mean and covariance of the training
-            images, taken in one more pass before training, which puts ``noise_std`` in units of the features' standard
-            deviation. ``"local"`` uses a mean and a covariance of each position, for parts in a fixed position and
-            images of one size. Defaults to ``False``.
+        whiten (bool | str): Not in the paper: whether to whiten embeddings with statistics of the training images. Puts
+            ``noise_std`` in units of the features' standard deviation. ``"local"``: with those of each position,
+            for parts in a fixed position and images of one size. Defaults to ``False``.
         patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on, above 0.
             Defaults to ``1.0``: all, as in the paper.
         distance_weight (float): Not in the paper: weight of a whitened embedding's distance from the mean, divided by
@@ -105,9 +104,7 @@ class SimpleNetModel(nn.Module):
         if distance_weight and not whiten:
             msg = f"distance_weight is {distance_weight}, but distances need whitened embeddings: set whiten to true."
             raise ValueError(msg)
-        self.patch_fraction = patch_fraction
-        self.distance_weight = distance_weight
-        self.top_patches = top_patches
+        self.patch_fraction, self.distance_weight, self.top_patches = patch_fraction, distance_weight, top_patches
         self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained, backbone_args)
         channels = self.feature_extractor.channels
         dimension = sum(channels) if target_embed_dimension is None else target_embed_dimension
@@ -121,7 +118,7 @@ class SimpleNetModel(nn.Module):
         self.averaged = PolynomialAverage(self.trained) if averaging else None
         self._fused_head: FusedHead | None = None
         self._fused_from: tuple[float, ...] = ()
-        self.register_load_state_dict_post_hook(_fuse_after_loading)
+        self.register_load_state_dict_post_hook(SimpleNetModel.fuse)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | InferenceBatch:
         """Score images, or in training mode real and fake patches.
@@ -188,7 +185,7 @@ class SimpleNetModel(nn.Module):
         return self._fused_head(parts).float()  # type: ignore[misc]
 
     @torch.compiler.disable
-    def fuse(self) -> None:
+    def fuse(self, *_hook_arguments: object) -> None:
         """Bring the fused head up to date with weights that changed in whatever way; none in training mode.
 
         Eval mode, loading a state dict, and each prediction do so by themselves; but not while a graph is being traced.
@@ -202,8 +199,7 @@ class SimpleNetModel(nn.Module):
         whitening = self._global_whitening
         fused_from = fingerprint([adapter, discriminator], whitening)
         if self._fused_head is None or fused_from != self._fused_from:
-            _, segments = self._parts([])
-            linear = [*whitening, *adapter]
+            linear, segments = [*whitening, *adapter], self._parts([])[1]
             self._fused_head = FusedHead(linear, discriminator, segments, self.distance_weight, *whitening)
             self._fused_from = fused_from
 
@@ -222,7 +218,3 @@ class SimpleNetModel(nn.Module):
         if self.whitening is not None and self.whitening.affine is None:
             return (self.whitening(self.patch_aggregation(features)) for _ in range(1)), [slice(None)]
         return self.patch_aggregation.pool(features), self.patch_aggregation.segments
-
-
-def _fuse_after_loading(model: SimpleNetModel, _incompatible_keys: object) -> None:
-    model.fuse()

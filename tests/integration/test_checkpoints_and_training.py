@@ -554,3 +554,11 @@ def test_test_without_thresholds_gives_the_metrics_that_need_none(pictures: Path
     engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "r", accelerator="cpu")
     results = engine.train(tiny_model(post_processor=processor), datamodule=folder_data(pictures))
     assert set(results[0]) == {"image_AUROC", "pixel_AUROC"}
+
+
+@pytest.mark.parametrize(("arguments", "warned"), [({}, True), ({"noise_std": 0.5}, False), ({"whiten": True}, False)])
+def test_setup_warns_of_the_papers_noise_with_another_backbone(
+    pictures: Path, caplog: pytest.LogCaptureFixture, arguments: dict, warned: bool
+) -> None:
+    fit(pictures, tiny_model(**arguments), max_epochs=1)
+    assert any("suits the features of WideResNet-50-2" in each.getMessage() for each in caplog.records) is warned
