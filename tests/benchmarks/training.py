@@ -130,7 +130,7 @@ def growth(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
 
 def make_simplenet(**arguments: Any) -> SimpleNet:  # noqa: ANN401
-    return SimpleNet(BACKBONE, LAYERS, pre_trained=False, **arguments)
+    return SimpleNet(backbone=BACKBONE, layers=LAYERS, pre_trained=False, **arguments)
 
 
 def make_other(kind: type[AnomalibModule]) -> AnomalibModule:
