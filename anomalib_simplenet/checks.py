@@ -36,7 +36,7 @@ def check_number(
         ValueError: patch_size is 0, expected an integer of at least 1.
     """
     kind = Integral if integer else Real
-    is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, kind) and not isinstance(value, bool) and -math.inf < value < math.inf  # type: ignore[operator]
     if (
         is_number
         and (above is None or value > above)

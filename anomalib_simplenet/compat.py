@@ -1,7 +1,7 @@
 """Every use of a private or undocumented name of another library.
 
-Each function says what it is for and where upstream discusses it; ``tests/unit/test_upstream.py`` says in a sentence
-what changed should one stop working.
+Each function says what it is for and, where there is one, the upstream thread; ``tests/unit/test_upstream.py`` says in
+a sentence what changed should one stop working.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def run_validation(trainer: Trainer) -> None:
 
     Purpose: thresholds for the last weights, whatever ended training. ``Trainer.validate`` would end the fit. The loop
     is reached by documented attributes, but running it by hand is not documented
-    (https://github.com/Lightning-AI/pytorch-lightning/issues/8650 asks for a public way).
+    (https://github.com/Lightning-AI/pytorch-lightning/issues/4539 asked to validate on the last epoch).
     """
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()
@@ -48,7 +48,7 @@ def one_try_at_the_hub() -> Iterator[Exception | None]:
 
     ``hf_hub_download`` retries five times for each of timm's file names, over a minute in all, even where the file is
     in the cache, and no argument or variable limits that. ``HF_HUB_OFFLINE=1`` in the environment does, but is read
-    when huggingface_hub is imported (https://github.com/huggingface/huggingface_hub/issues/1508).
+    when huggingface_hub is imported.
 
     Yields:
         Exception | None: Why the hub is not reachable.
@@ -74,9 +74,8 @@ def one_try_at_the_hub() -> Iterator[Exception | None]:
 def wrap_dataloaders(loop: Any, name: str, wrap: Callable[[Any], Any] | None) -> None:  # noqa: ANN401
     """Pass the data loaders that one of the trainer's loops is going to ask for through a function.
 
-    Lightning has no hook between a data loader's making and its use: the one that there was went away with
-    https://github.com/Lightning-AI/pytorch-lightning/issues/8758, and #21448 asks for another. Wrapping when the loop
-    asks, not before, lets tuners change the batch size.
+    Lightning has no public hook between a data loader's making and its use. Wrapping when the loop asks, not before,
+    lets tuners change the batch size.
 
     Args:
         loop (Any): Such as ``trainer.fit_loop``.
@@ -104,7 +103,7 @@ def clone_dataloader(loader: DataLoader, **attributes: Any) -> DataLoader:  # no
     """Copy a data loader, of whichever class, with other attributes and workers of its own.
 
     torch refuses another ``dataset`` after construction (https://github.com/pytorch/pytorch/pull/23744), and keeps
-    persistent workers, which read the old one, in ``_iterator`` (#35795). Lightning notes the arguments of construction
+    persistent workers, which read the old one, in ``_iterator``. Lightning notes the arguments of construction
     on it, in ``__pl_saved_*``, to build it again for several processes: without them it takes the attributes.
     """
     clone = copy(loader)
@@ -115,7 +114,7 @@ def clone_dataloader(loader: DataLoader, **attributes: Any) -> DataLoader:  # no
 
 
 def release_workers(loader: DataLoader) -> None:
-    """Load in this process from the next epoch on, and stop persistent workers, which ``_iterator`` keeps (#35795)."""
+    """Load in this process from the next epoch on, and stop persistent workers, which ``_iterator`` keeps."""
     loader.num_workers = loader.timeout = 0
     loader._iterator = None  # noqa: SLF001
 

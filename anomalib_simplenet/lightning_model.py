@@ -126,15 +126,9 @@ class SimpleNet(ExactExport, AnomalibModule):
         extractor = self.model.feature_extractor
         if isinstance(self.pre_processor, PreProcessor) and self.input_size is not None:
             extractor.check_image_size(self.input_size)
-        papers = (
-            "wide_resnet50_2" in str(extractor.architecture) or self.model.anomaly_generator.noise_std != PAPER_NOISE
-        )
-        if stage == "fit" and self.model.whitening is None and not papers:
-            logger.warning(
-                "noise_std is %s, which suits the features of WideResNet-50-2: for another backbone set whiten to true "
-                "and noise_std to 1.",
-                PAPER_NOISE,
-            )
+        unscaled = self.model.whitening is None and self.model.anomaly_generator.noise_std == PAPER_NOISE
+        if stage == "fit" and unscaled and "wide_resnet50_2" not in str(extractor.architecture):
+            logger.warning("noise_std suits the features of WideResNet-50-2: set whiten to true and noise_std to 1.")
 
     def training_step(self, batch: Batch | CachedBatch, *_args, **_kwargs) -> torch.Tensor:
         """Loss of one batch; logs it with the shares of real and fake patches scored right (authors' p_true, p_fake).
@@ -244,14 +238,17 @@ class SimpleNet(ExactExport, AnomalibModule):
         Raises:
             ValueError: If it is no checkpoint of SimpleNet, or needs a backbone that only Python can give.
         """
+        attached = super().configure_callbacks()
         with keep_sensitivities(self.post_processor):
             super().on_load_checkpoint(checkpoint)
+        kept = super().configure_callbacks()  # without components that the checkpoint was trained without
         if found := differing(checkpoint, self.hparams, self.model):
             logger.warning("Using %s from the checkpoint.", ", ".join(f"{k}={v!r}" for k, v in found.items()))
             self.hparams.update(portable(self.hparams, self.model) | found)
             self.model = SimpleNetModel(**{name: self.hparams[name] for name in ARCHITECTURE})
         with suppress(RuntimeError):  # load_from_checkpoint has no trainer
-            datamodule = self.trainer.datamodule
+            callbacks, datamodule = self.trainer.callbacks, self.trainer.datamodule
+            self.trainer.callbacks = [each for each in callbacks if each in kept or each not in attached]
             if isinstance(datamodule, AnomalibDataModule):  # set up before, with another pre-processor's image size
                 datamodule.setup(self.trainer.state.fn)
 

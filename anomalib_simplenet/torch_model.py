@@ -186,22 +186,20 @@ class SimpleNetModel(nn.Module):
 
     @torch.compiler.disable
     def fuse(self, *_hook_arguments: object) -> None:
-        """Bring the fused head up to date with weights that changed in whatever way; none in training mode.
-
-        Eval mode, loading a state dict, and each prediction do so by themselves; but not while a graph is being traced.
-        """
+        """Bring the fused head up to date with changed weights, as eval mode and predictions do; not while tracing."""
         if self.training:
             self._fused_head = None  # callbacks that average models pair their buffers
             return
         adapter, discriminator = self.trained
         if self.averaged is not None and self.averaged.steps:
             adapter, discriminator = self.averaged.module
-        whitening = self._global_whitening
-        fused_from = fingerprint([adapter, discriminator], whitening)
-        if self._fused_head is None or fused_from != self._fused_from:
-            linear, segments = [*whitening, *adapter], self._parts([])[1]
-            self._fused_head = FusedHead(linear, discriminator, segments, self.distance_weight, *whitening)
-            self._fused_from = fused_from
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            whitening = self._global_whitening
+            fused_from = (self.distance_weight, *fingerprint([adapter, discriminator], whitening))
+            if self._fused_head is None or fused_from != self._fused_from:
+                linear, segments = [*whitening, *adapter], self._parts([])[1]
+                self._fused_head = FusedHead(linear, discriminator, segments, self.distance_weight, *whitening)
+                self._fused_from = fused_from
 
     @property
     def trained(self) -> nn.ModuleList:

@@ -55,6 +55,8 @@ class FeatureCache(Callback):
 
     def _wrap(self, trainer: Trainer, loader: Any) -> Any:  # noqa: ANN401
         self.store = None  # frees the memory of an earlier one
+        if self not in trainer.callbacks:  # a tuner tries batch sizes without callbacks
+            return loader
         if reason := _reason_against(trainer, loader, trusting=self.mode is True):
             refuse(reason, required=self.mode is True)
             wrap_dataloaders(trainer.fit_loop, "cache", None)  # says so once, however often the trainer loads the data
@@ -76,6 +78,10 @@ class FeatureCache(Callback):
                 features = self.store.features(batch, pl_module.model.extract)
             batch.features = [maps.to(pl_module.device) for maps in features]
             batch.image, batch.gt_mask = MissingImages(), None
+
+    def on_exception(self, *_args: object) -> None:
+        """Free the maps."""
+        self.store = None
 
     def teardown(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Free the maps."""

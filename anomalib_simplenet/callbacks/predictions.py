@@ -46,9 +46,10 @@ class Predictions(Callback):
 
     table: Path
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
         """Create a table that no other run has."""
-        del pl_module
+        if threshold(pl_module, "image") is not None and pl_module.post_processor.image_threshold.isnan():
+            logger.warning("Labels mean nothing: these weights have no thresholds, since they were never validated.")
         folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))  # ranks may have numbered theirs otherwise
         folder.mkdir(parents=True, exist_ok=True)
         name = "predictions" if trainer.world_size == 1 else f"predictions-rank{trainer.global_rank}"

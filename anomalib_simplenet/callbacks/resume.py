@@ -10,6 +10,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
 
+def resumes(trainer: Trainer) -> bool:
+    """Whether training resumes from a checkpoint of the user's, and not from that of a tuner, which starts anew."""
+    name = Path(trainer.ckpt_path or "").name
+    return bool(name) and not name.startswith((".scale_batch_size_", ".lr_find_"))
+
+
 class Resume(Callback):
     """Keep the state of the random generators in checkpoints, and write these in one step.
 
@@ -38,7 +44,7 @@ class Resume(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the generators, in each process otherwise."""
         del pl_module
-        if trainer.ckpt_path is not None and self._state:
+        if resumes(trainer) and self._state:
             torch.set_rng_state(self._state["cpu"].cpu())
             if "cuda" in self._state and torch.cuda.is_available():
                 torch.cuda.set_rng_state(self._state["cuda"].cpu())

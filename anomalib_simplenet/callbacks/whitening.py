@@ -5,6 +5,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 
 from .feature_cache import iterate_features
+from .resume import resumes
 
 
 class WhiteningPass(Callback):
@@ -24,10 +25,9 @@ class WhiteningPass(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
         """Average anew and fit the whitening."""
         model = pl_module.model
-        resumes = trainer.ckpt_path is not None
-        if model.averaged is not None and not resumes:
+        if model.averaged is not None and not resumes(trainer):
             model.averaged.reset()
-        if model.whitening is None or (model.whitening.fitted and resumes):
+        if model.whitening is None or (model.whitening.fitted and resumes(trainer)):
             return
         batches = iterate_features(trainer, pl_module, "Whitening")
         moments = model.whitening.moments(model.patch_aggregation(features) for features in batches)

@@ -119,14 +119,18 @@ class FusedHead(nn.Module):
 
 @torch.no_grad()
 def fingerprint(modules: Iterable[nn.Module], whitening: Iterable[Affine]) -> tuple[float, ...]:
-    """Sum and norm of each weight and running statistic: differs after whatever way of changing one.
+    """Norm and weighted sums of each weight and running statistic: differs after whatever way of changing one.
 
     PyTorch's own version counters miss writes through ``.data``, which callbacks that swap weights use.
     """
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    tensors += [tensor for affine in whitening for tensor in affine]
-    sums = [value.to(tensors[0].device) for tensor in tensors for value in (tensor.sum(), tensor.float().norm())]
-    return tuple(torch.stack([value.float() for value in sums]).tolist())
+    values = []
+    for tensor in [*tensors, *(tensor for affine in whitening for tensor in affine)]:
+        matrix = tensor.float().reshape(tensor.shape[0] if tensor.ndim else 1, -1)
+        values.append(matrix.norm())
+        for sums in (matrix.sum(dim=0), matrix.sum(dim=1)):  # weighted by position, which a plain sum ignores
+            values.append((sums * torch.linspace(1, 2, len(sums), device=sums.device)).sum())
+    return tuple(torch.stack([value.to(values[0].device) for value in values]).tolist())
 
 
 @torch.inference_mode(False)

@@ -152,7 +152,9 @@ def _time_openvino(batch: int, repeats: int, threads: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "backbone.onnx"
         torch.onnx.export(make_backbone(), (images,), path, dynamo=True, opset_version=18, verbose=False)
-        model = SimpleNet(backbone=BACKBONE, layers=LAYERS, pre_trained=False, pre_processor=False, post_processor=False)
+        model = SimpleNet(
+            backbone=BACKBONE, layers=LAYERS, pre_trained=False, pre_processor=False, post_processor=False
+        )
         models = {"backbone": path, "SimpleNet": model.to_openvino(folder, input_size=(288, 288))}
         for name, exported in models.items():
             read = ov.Core().read_model(exported)

@@ -399,7 +399,7 @@ def test_setup_refuses_image_sizes_that_the_backbone_cannot_take(pictures: Path,
 
 def test_fit_trains_and_validates_after_the_batch_size_finder(pictures: Path) -> None:
     finder = BatchSizeFinder("power", steps_per_trial=2, init_val=1, max_trials=1, batch_arg_name="train_batch_size")
-    count, engine, model = fit(pictures, tiny_model(feature_cache=False), max_epochs=2, callbacks=[finder])
+    count, engine, model = fit(pictures, max_epochs=2, callbacks=[finder])
     assert engine.trainer.current_epoch == 2
     assert count.validated_at[-1] == count.steps
     assert model.post_processor.image_threshold.isfinite()
@@ -562,3 +562,19 @@ def test_setup_warns_of_the_papers_noise_with_another_backbone(
 ) -> None:
     fit(pictures, tiny_model(**arguments), max_epochs=1)
     assert any("suits the features of WideResNet-50-2" in each.getMessage() for each in caplog.records) is warned
+
+
+def test_checkpoint_without_a_pre_processor_scores_alike_through_a_model_with_one(pictures: Path) -> None:
+    _, engine, model = fit(pictures, tiny_model(pre_processor=False), max_epochs=1)
+    scores: list[torch.Tensor] = []
+
+    class Scores(Callback):
+        def on_test_batch_end(self, _trainer: Trainer, _model: SimpleNet, outputs: object, *_args: object) -> None:
+            scores.append(outputs.pred_score)
+
+    checkpoint = engine.trainer.checkpoint_callback.best_model_path
+    for each, path in ((model, None), (tiny_model(), checkpoint)):
+        fresh = Engine([Scores()], accelerator="cpu", default_root_dir=pictures.parent / "r")
+        fresh.test(each, datamodule=folder_data(pictures), ckpt_path=path)
+    expected, found = torch.cat(scores).chunk(2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

@@ -191,7 +191,7 @@ def test_fused_head_follows_loading_and_training_and_is_no_part_of_the_state() -
     assert not torch.allclose(model.eval()(images).pred_score, expected)
 
 
-@pytest.mark.parametrize("way", ["data", "submodule", "reset"])
+@pytest.mark.parametrize("way", ["data", "submodule", "reset", "order"])
 def test_fused_head_notices_weights_that_change_in_eval_mode(way: str) -> None:
     model, images = make(TwoStages(), layers=("early",), averaging=way == "reset"), torch.randn(2, 3, 32, 48)
     train_a_little(model, images)
@@ -199,6 +199,9 @@ def test_fused_head_notices_weights_that_change_in_eval_mode(way: str) -> None:
     if way == "data":  # as Lightning's WeightAveraging swaps weights
         for parameter in model.discriminator.parameters():
             parameter.data.copy_(parameter.data + 0.1)
+    elif way == "order":
+        first = model.discriminator.body[0][0].weight
+        first.data.copy_(first.data.flip(1))
     elif way == "submodule":
         model.discriminator.load_state_dict({k: v + 0.1 for k, v in model.discriminator.state_dict().items()})
     else:
@@ -206,6 +209,19 @@ def test_fused_head_notices_weights_that_change_in_eval_mode(way: str) -> None:
     after = model(images).pred_score
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, plain_scores(model, images).amax(dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_fused_head_is_folded_in_full_precision_under_autocast() -> None:
+    torch.manual_seed(0)
+    model, images = make(TwoStages(), layers=("early",), whiten=True), torch.randn(2, 3, 32, 48)
+    model.whitening.fit(model.whitening.moments([model.embed(torch.randn(4, 3, 32, 48)) + 30]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.eval()
+    folded = {name: value.clone() for name, value in model._fused_head.named_buffers()}
+    model._fused_from = ()
+    model(images)
+    for name, value in model._fused_head.named_buffers():
+        assert torch.equal(folded[name], value), name
 
 
 def test_image_score_is_the_unsmoothed_maximum() -> None:
