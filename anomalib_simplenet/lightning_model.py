@@ -158,9 +158,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         """
         predictions = self.model(batch.image)
         self._check_finite(batch, batch.image, "pixels are NaN or infinite: expected numbers from 0 to 1")
-        self._check_finite(
-            batch, predictions.pred_score, "the score is NaN or infinite: the model's weights are broken"
-        )
+        self._check_finite(batch, predictions.pred_score, "scores are NaN or infinite: the model's weights are broken")
         return batch.update(**predictions._asdict())
 
     validation_step = test_step = predict_step

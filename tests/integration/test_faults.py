@@ -263,9 +263,9 @@ class Tensors(Dataset):
 def test_pixels_that_are_not_finite_are_refused(pictures: Path, pixel: float) -> None:
     loader = DataLoader(Tensors(pixel), 3, collate_fn=Tensors.collate)
     engine = Engine(max_epochs=2, accelerator="cpu", default_root_dir=pictures.parent / "results", limit_val_batches=0)
-    with pytest.raises(ValueError, match="Pixels of camera1 are NaN or infinite"):
+    with pytest.raises(ValueError, match="Of camera1 pixels are NaN or infinite"):
         engine.predict(tiny_model(), dataloaders=loader)
-    with pytest.raises(ValueError, match="Weights are NaN or infinite after epoch 0"):
+    with pytest.raises(ValueError, match="is NaN or infinite after epoch 0"):
         engine.fit(tiny_model(), train_dataloaders=loader)
     assert not checkpoints(pictures.parent / "results")
 

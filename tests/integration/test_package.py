@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "anomalib_simplenet"
 PRESETS = {f"anomalib_simplenet/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
-FILES = PRESETS | {path.relative_to(ROOT).as_posix() for path in (*PACKAGE.rglob("*.py"), PACKAGE / "py.typed")}
+DATA = (PACKAGE / "py.typed", PACKAGE / "callbacks" / "report.html.jinja")
+FILES = PRESETS | {path.relative_to(ROOT).as_posix() for path in (*PACKAGE.rglob("*.py"), *DATA)}
 
 pytestmark = pytest.mark.skipif(
     any(find_spec(module) is None for module in ("build", "setuptools", "pip")),
@@ -112,7 +113,7 @@ from pathlib import Path
 from anomalib.models import SimpleNet
 
 target = Path({str(target)!r}).resolve()
-assert SimpleNet.__module__ == "anomalib_simplenet.lightning_model"
+assert SimpleNet.__init__.__module__ == "anomalib_simplenet.lightning_model"
 modules = [module for name, module in sys.modules.items() if name.startswith("anomalib_simplenet")]
 assert all(Path(module.__file__).resolve().is_relative_to(target) for module in modules), modules
 assert distribution("anomalib-simplenet").locate_file("").resolve() == target

@@ -52,6 +52,7 @@ def link(images: list[Path], folder: Path) -> None:
 def test_readme_commands_run_in_the_order_they_stand(
     real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")  # setuptools refuses to replace distutils once in use
     parts = {part: sorted((real / "mono" / part).iterdir()) for part in ("train/good", "test/good", "test/defective")}
     for name in ("elpv/mono", "elpv/poly", "my_images"):  # few images, which the quickstart leaves alone
         for part, images in parts.items():
