@@ -85,13 +85,17 @@ def quantize(
     check_number("max_drop", max_drop, at_least=0, at_most=1)
     datamodule.setup()
     calibration = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
-    # NNCF's default ranges clip the extremes, which are what distinguishes an anomaly.
-    ranges = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
+    advanced = nncf.AdvancedQuantizationParameters(
+        # NNCF's default ranges clip the extremes, which are what distinguishes an anomaly.
+        activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+        # Processors without VNNI add products of eight bits in sixteen, which overflow unless weights take half of them.
+        overflow_fix=nncf.OverflowFix.ENABLE,
+    )
     preset = nncf.QuantizationPreset.MIXED  # features are not symmetric around zero
     if compression_type == CompressionType.INT8_PTQ:
-        return nncf.quantize(model, calibration, preset=preset, ignored_scope=scope, advanced_parameters=ranges)
+        return nncf.quantize(model, calibration, preset=preset, ignored_scope=scope, advanced_parameters=advanced)
     test, validate = nncf.Dataset(datamodule.test_dataloader()), partial(_validate, metric)
-    common = {"preset": preset, "ignored_scope": scope, "advanced_quantization_parameters": ranges}
+    common = {"preset": preset, "ignored_scope": scope, "advanced_quantization_parameters": advanced}
     return nncf.quantize_with_accuracy_control(model, calibration, test, validate, max_drop=max_drop, **common)
 
 

@@ -1,7 +1,7 @@
 """Whitening of embeddings with statistics of the training images (not in the paper)."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -48,6 +48,7 @@ class Whitening(nn.Module):
         self.register_buffer("mean", torch.zeros(dimension, 1, 1))
         self.register_buffer("weight", torch.eye(dimension)[None])
         self.register_buffer("fitted", torch.tensor(0.0))
+        self.register_load_state_dict_pre_hook(_take_sizes)
 
     @property
     def affine(self) -> Affine | None:
@@ -88,24 +89,26 @@ class Whitening(nn.Module):
         Raises:
             ValueError: If the matrices would take more than 2 GiB.
         """
-        moments = torch.zeros(())
+        dimension, grid = self.dimension, (1, 1)
+        moments = torch.zeros(0, 1 + dimension + dimension**2, dtype=torch.float64)  # a row for each position
         for embedding in embeddings:
-            height, width = grid = embedding.shape[-2:] if self.local else (1, 1)
-            size = height * width * self.dimension**2 * 4
+            height, width = grid = tuple(embedding.shape[-2:]) if self.local else (1, 1)
+            size = height * width * dimension**2 * 4
             if size > LARGEST_LOCAL:
                 msg = (
-                    f'whiten is "local", whose {height} x {width} matrices of {self.dimension} x {self.dimension} take '
+                    f'whiten is "local", whose {height} x {width} matrices of {dimension} x {dimension} take '
                     f"{size / 2**30:.1f} GiB, expected at most {LARGEST_LOCAL / 2**30:.0f} GiB: lower "
                     "target_embed_dimension or the image size, or set whiten to true."
                 )
                 raise ValueError(msg)
             patches = _positions(embedding.float())  # positions, N, dimension
             patches = patches if self.local else patches.flatten(0, 1)[None]
-            count = patches.new_full((len(patches), 1), patches.shape[1]).double()
-            products = (patches.mT @ patches).flatten(1).double()
-            rows = torch.cat([count, patches.double().sum(dim=1), products], dim=1)
-            moments = moments + rows.mT.unflatten(1, grid).cpu()
-        return moments
+            if not len(moments):
+                moments = moments.new_zeros(len(patches), moments.shape[1])
+            moments[:, 0] += patches.shape[1]
+            moments[:, 1 : 1 + dimension] += patches.double().sum(dim=1).cpu()
+            moments[:, 1 + dimension :] += (patches.mT @ patches).flatten(1).cpu()
+        return moments.mT.unflatten(1, grid).contiguous()
 
     def fit(self, moments: torch.Tensor) -> None:
         """Take means and covariances from :meth:`moments`.
@@ -129,12 +132,12 @@ class Whitening(nn.Module):
         self.mean, self.weight = mean.to(self.mean), torch.cat(roots).to(self.weight)
         self.fitted.fill_(1.0)
 
-    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:  # noqa: ANN401
-        for name in ("mean", "weight"):  # their sizes are those of the grid
-            saved = state_dict.get(prefix + name)
-            if saved is not None:
-                setattr(self, name, getattr(self, name).new_zeros(saved.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _take_sizes(whitening: Whitening, state_dict: dict[str, torch.Tensor], prefix: str, *_args: object) -> None:
+    """Let mean and weight have the sizes of the grid that a checkpoint was trained on."""
+    for name in ("mean", "weight"):
+        if prefix + name in state_dict:
+            setattr(whitening, name, getattr(whitening, name).new_zeros(state_dict[prefix + name].shape))
 
 
 def _positions(maps: torch.Tensor) -> torch.Tensor:

@@ -122,11 +122,7 @@ def test_predict_scores_every_photograph(predicted: dict[str, ImageBatch], photo
         # Rounding the weights to half precision moves the scores by some thousandths.
         (("openvino", "--compression_type", "FP16"), 1e-2),
         (("openvino", "--compression_type", "INT8"), 0.1),
-        pytest.param(
-            ("openvino", "--compression_type", "INT8_PTQ"),
-            0.2,
-            marks=pytest.mark.xfail(reason="eight bits lose more than they did: to be measured", strict=False),
-        ),
+        (("openvino", "--compression_type", "INT8_PTQ"), 0.2),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
 )
@@ -157,7 +153,7 @@ def test_exported_model_agrees_with_predict_on_images_larger_than_its_input(
             assert answer.pred_label.item() == expected.pred_label.item()
         difference = np.abs(np.asarray(answer.anomaly_map) - expected.anomaly_map.numpy())
         if "INT8" in str(arguments):  # single pixels may differ more
-            assert difference.mean() < score_tolerance
+            assert difference.mean() < score_tolerance / 2
         else:
             assert difference.max() < 1e-2
         compared += 1
