@@ -234,10 +234,9 @@ def folder_train(pictures: Path) -> list:
 
 def test_training_logs_loss_and_accuracies(pictures: Path) -> None:
     _, engine, _ = fit(pictures, max_epochs=1)
-    figures = engine.trainer.callback_metrics
-    assert figures["train_loss"] > 0
-    assert 0 <= figures["real_accuracy"] <= 1
-    assert 0 <= figures["fake_accuracy"] <= 1
+    logged = engine.trainer.callback_metrics
+    assert logged["train_loss"] > 0
+    assert {"real_accuracy", "fake_accuracy"} <= logged.keys()
 
 
 def test_training_step_returns_the_loss_of_its_scores() -> None:
@@ -501,17 +500,19 @@ def test_test_of_a_checkpoint_scores_as_predict_does(pictures: Path) -> None:
     for name, run in (("test", "test"), ("predict", "predict")):
         fresh = Engine(accelerator="cpu", default_root_dir=pictures.parent / name)
         model = SimpleNet(pre_trained=False, **other)  # with the default pre-processor's 288 x 288
-        data = folder_data(pictures, val_split_mode="same_as_test")
+        data = folder_data(pictures, val_split_mode="same_as_test", eval_batch_size=1)
         if run == "test":
             fresh.test(model, datamodule=data, ckpt_path=checkpoint)
         else:
-            fresh.predict(model, dataset=PredictDataset(pictures / "test"), ckpt_path=checkpoint)
+            images = PredictDataset(pictures / "test")
+            loader = DataLoader(images, batch_size=1, collate_fn=images.collate_fn)
+            fresh.predict(model, dataloaders=loader, ckpt_path=checkpoint)
         with (Path(fresh.trainer.default_root_dir) / "predictions.csv").open() as file:
             scores[name] = {
                 Path(row["image_path"]).parts[-2:]: float(row["pred_score"]) for row in csv.DictReader(file)
             }
     assert scores["test"].keys() == scores["predict"].keys()
-    assert scores["test"] == pytest.approx(scores["predict"], abs=5e-6)  # rounding in other batches
+    assert scores["test"] == pytest.approx(scores["predict"], abs=1e-6)
 
 
 @pytest.mark.parametrize("change", ["bias", "running_mean", "noise_std"])

@@ -186,6 +186,26 @@ def test_sensitivity_on_the_command_line_counts(
             assert batch.pred_label == (score > 1 - sensitivity)
 
 
+def test_plain_openvino_answers_as_predict_does(
+    workshop: Workshop,
+    photographs: list[Path],
+    predicted: dict[str, ImageBatch],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = (block for block in README.read_text().split("```python\n") if "import openvino as ov" in block)
+    code = code.partition("```")[0]
+    for photograph in photographs[:4]:
+        run = code.replace("exported/weights/openvino/model.xml", str(workshop.export("openvino")))
+        names: dict[str, object] = {}
+        exec(run.replace("part.png", str(photograph)), names)
+        expected = predicted[str(photograph)]
+        assert names["score"] == pytest.approx(expected.pred_score.item(), abs=1e-3)
+        assert names["defective"] == expected.pred_label.item()
+        assert np.asarray(names["mask"]).shape == expected.pred_mask.shape[-2:]
+
+
 def test_exported_model_takes_batches(workshop: Workshop) -> None:
     import openvino as ov
 

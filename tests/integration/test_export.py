@@ -221,7 +221,9 @@ def test_openvino_computes_in_float32(
 def test_resize_by_product_equals_torchvision(size: tuple[int, int], out: tuple[int, int], antialias: bool) -> None:
     images = torch.rand(2, 3, *size)
     expected = Resize(out, antialias=antialias)(images)
-    torch.testing.assert_close(resize_by_product(images, out, antialias=antialias), expected, rtol=1e-4, atol=1e-5)
+    # Products and torchvision's own loop round differently where they do not average.
+    atol = 1e-6 if antialias else 5e-6
+    torch.testing.assert_close(resize_by_product(images, out, antialias=antialias), expected, rtol=1e-5, atol=atol)
 
 
 def test_leaky_relu_exports_exactly() -> None:

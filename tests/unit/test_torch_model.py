@@ -11,21 +11,9 @@ from torch import nn
 from anomalib_simplenet.extensions.patch_sampling import sample_patches
 from anomalib_simplenet.loss import TruncatedL1Loss
 from anomalib_simplenet.torch_model import SimpleNetModel
+from tests.unit.conftest import TwoStages
 
 SMALL = {"pretrain_embed_dimension": 24, "target_embed_dimension": 32, "discriminator_hidden": 16}
-
-
-class TwoStages(nn.Module):
-    """A module as backbone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.early = nn.Sequential(nn.Conv2d(3, 6, 3, stride=4, padding=1), nn.BatchNorm2d(6), nn.ReLU())
-        self.late = nn.Conv2d(6, 10, 3, stride=2, padding=1)
-        self.unused = nn.Conv2d(10, 10, 1)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.unused(self.late(self.early(images)))
 
 
 def make(backbone: str | nn.Module = "resnet18", **arguments: object) -> SimpleNetModel:
