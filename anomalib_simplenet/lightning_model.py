@@ -1,7 +1,6 @@
 """SimpleNet as a model of anomalib."""
 
 import logging
-from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -128,7 +127,7 @@ class SimpleNet(ExactExport, AnomalibModule):
             extractor.check_image_size(self.input_size)
         unscaled = self.model.whitening is None and self.model.anomaly_generator.noise_std == PAPER_NOISE
         if stage == "fit" and unscaled and "wide_resnet50_2" not in str(extractor.architecture):
-            logger.warning("noise_std suits the features of WideResNet-50-2: set whiten to true and noise_std to 1.")
+            logger.warning("noise_std is 0.015, for WideResNet-50-2's features: set whiten to true and noise_std to 1.")
 
     def training_step(self, batch: Batch | CachedBatch, *_args, **_kwargs) -> torch.Tensor:
         """Loss of one batch; logs it with the shares of real and fake patches scored right (authors' p_true, p_fake).
@@ -244,11 +243,13 @@ class SimpleNet(ExactExport, AnomalibModule):
             logger.warning("Using %s from the checkpoint.", ", ".join(f"{k}={v!r}" for k, v in found.items()))
             self.hparams.update(portable(self.hparams, self.model) | found)
             self.model = SimpleNetModel(**{name: self.hparams[name] for name in ARCHITECTURE})
-        with suppress(RuntimeError):  # load_from_checkpoint has no trainer
-            callbacks, datamodule = self.trainer.callbacks, self.trainer.datamodule
-            self.trainer.callbacks = [each for each in callbacks if each in kept or each not in attached]
-            if isinstance(datamodule, AnomalibDataModule):  # set up before, with another pre-processor's image size
-                datamodule.setup(self.trainer.state.fn)
+        try:
+            trainer = self.trainer
+        except RuntimeError:  # load_from_checkpoint has none
+            return
+        trainer.callbacks = [each for each in trainer.callbacks if each in kept or each not in attached]
+        if isinstance(trainer.datamodule, AnomalibDataModule):  # set up before, with another pre-processor's image size
+            trainer.datamodule.setup(trainer.state.fn)
 
     def configure_callbacks(self) -> list[Callback]:
         """What happens around training and testing, in the order in which Lightning calls it.

@@ -34,15 +34,18 @@ def _wrap(loader: DataLoader) -> DataLoader:
     read = getattr(type(loader.dataset), "__getitem__", None)
     if type(loader) is not DataLoader or getattr(read, "__module__", "").partition(".")[0] != "anomalib":
         return loader
-    path = _paths(loader.dataset)[0]
-    with suppress(*_UNREADABLE), Image.open(path) as image:  # the header of one image alone
+    paths = _paths(loader.dataset)
+    if not paths:
+        return loader
+    with suppress(*_UNREADABLE), Image.open(paths[0]) as image:  # the header of one image alone
         if image.mode.startswith(("I", "F")):
-            logger.warning("%s has more than 8 bits a pixel, of which anomalib takes 8: convert such images.", path)
+            logger.warning("%s has more than 8 bits a pixel, of which anomalib takes 8: convert such images.", paths[0])
     return clone_dataloader(loader, dataset=PathErrorDataset(loader.dataset))
 
 
 def _paths(dataset: Any) -> list[Any]:  # noqa: ANN401
-    return getattr(dataset, "image_filenames", None) or list(dataset.samples.image_path)  # of PredictDataset, of others
+    """Files of ``PredictDataset``, of other data sets of images, or none."""
+    return list(getattr(dataset, "image_filenames", getattr(dataset, "samples", {}).get("image_path", [])))
 
 
 class PathErrorDataset(wrapt.ObjectProxy):

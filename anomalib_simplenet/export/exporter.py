@@ -123,8 +123,10 @@ class ExactExport(ExportMixin):
         return path
 
     def _transform(self, *, exportable: bool = True) -> Any:  # noqa: ANN401
-        transform = getattr(self.pre_processor, "transform", self.pre_processor or None)
-        return exportable_transform(transform) if exportable else transform
+        processor = self.pre_processor or None
+        if isinstance(processor, PreProcessor) and type(processor).forward is PreProcessor.forward:
+            return exportable_transform(processor.transform) if exportable else processor.transform
+        return processor  # the user's own may do anything
 
     def _export_root(self, export_root: Path | str, kind: str, file_name: str) -> Path:
         """The folder of the checkpoint's run where the user gave none; warns before an export is replaced."""

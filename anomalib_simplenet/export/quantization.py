@@ -88,7 +88,7 @@ def quantize(
     advanced = nncf.AdvancedQuantizationParameters(
         # NNCF's default ranges clip the extremes, which are what distinguishes an anomaly.
         activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
-        # Without VNNI, products of eight bits are added in sixteen, which overflow unless weights take half of the range.
+        # Without VNNI, products of eight bits are added in sixteen, which overflow unless weights use half the range.
         overflow_fix=nncf.OverflowFix.ENABLE,
     )
     preset = nncf.QuantizationPreset.MIXED  # features are not symmetric around zero

@@ -34,15 +34,15 @@ class ExportableResize(Resize):
 def exportable_transform(transform: Transform | None) -> Transform | None:
     """Copy a transform with its antialiased bilinear ``Resize`` and its ``CenterCrop`` in a form that can be exported.
 
-    Lists in lists become one list.
+    Lists in lists become one list. Subclasses, which may compute anything, are left as they are.
     """
     match transform:
-        case Compose():
+        case Compose() if type(transform) is Compose:
             steps = [exportable_transform(step) for step in transform.transforms]
             return Compose([part for step in steps for part in _steps(step)])
-        case Resize(antialias=True, size=[*size], interpolation=kind) if kind in BILINEAR:
+        case Resize(antialias=True, size=[*size], interpolation=kind) if type(transform) is Resize and kind in BILINEAR:
             return ExportableResize(size, max_size=transform.max_size, antialias=True)
-        case CenterCrop():
+        case CenterCrop() if type(transform) is CenterCrop:
             return ExportableCenterCrop(transform.size)
     return transform
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from anomalib_simplenet import SimpleNet
+from anomalib_simplenet.callbacks.unreadable_images import _paths
 
 from .conftest import folder_data, tiny_model, write_images
 
@@ -214,3 +215,12 @@ def test_ctrl_c_keeps_the_last_checkpoint_to_go_on_from(pictures: Path) -> None:
     again.fit(tiny_model(), datamodule=folder_data(pictures), ckpt_path=checkpoint)
     assert again.trainer.current_epoch == 4
     assert checkpoint.exists()
+
+
+def test_unreadable_images_takes_data_sets_without_images_or_paths() -> None:
+    class Empty(PredictDataset):
+        def __init__(self) -> None:
+            self.image_filenames: list[Path] = []
+
+    assert _paths(Empty()) == []
+    assert _paths(object()) == []

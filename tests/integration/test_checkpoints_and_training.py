@@ -563,7 +563,7 @@ def test_setup_warns_of_the_papers_noise_with_another_backbone(
     pictures: Path, caplog: pytest.LogCaptureFixture, arguments: dict, warned: bool
 ) -> None:
     fit(pictures, tiny_model(**arguments), max_epochs=1)
-    assert any("suits the features of WideResNet-50-2" in each.getMessage() for each in caplog.records) is warned
+    assert any("noise_std is 0.015, for WideResNet-50-2" in each.getMessage() for each in caplog.records) is warned
 
 
 def test_checkpoint_without_a_pre_processor_scores_alike_through_a_model_with_one(pictures: Path) -> None:

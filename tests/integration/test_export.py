@@ -309,3 +309,26 @@ def test_engine_export_writes_beside_the_checkpoint(
     engine.export(tiny_model(), **export)
     assert "v1/weights/torch/model.pt, an earlier export. To keep both, pass another --export_root" in caplog.text
     assert engine.export(tiny_model(), export_root="mine", **export) == Path("mine/weights/torch/model.pt")
+
+
+def test_exportable_transform_leaves_subclasses_as_they_are() -> None:
+    class Own(Compose):
+        """May compute anything."""
+
+    class OwnResize(Resize):
+        """May compute anything."""
+
+    own = Own([OwnResize((64, 64), antialias=True)])
+    assert exportable_transform(own) is own
+    (step,) = exportable_transform(Compose([OwnResize((64, 64), antialias=True)])).transforms
+    assert type(step) is OwnResize
+
+
+def test_model_applies_a_pre_processor_of_ones_own() -> None:
+    class Half(PreProcessor):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return batch / 2
+
+    model = tiny_model(pre_processor=Half(transform=Resize((64, 64))), post_processor=False).eval()
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(model(images).pred_score, model.model(images / 2).pred_score)
