@@ -79,9 +79,9 @@ def test_predictions_of_another_rank_go_to_the_folder_of_the_first(tmp_path: Pat
     """The second process has numbered its results folder otherwise."""
     strategy = SimpleNamespace(broadcast=lambda _: str(tmp_path / "v0"))
     trainer = SimpleNamespace(default_root_dir=str(tmp_path / "v1"), global_rank=1, world_size=2, strategy=strategy)
-    run = Predictions()
-    run.on_predict_start(trainer, None)
-    run.on_predict_end(trainer, None)
+    run, model = Predictions(), SimpleNamespace(post_processor=None)
+    run.on_predict_start(trainer, model)
+    run.on_predict_end(trainer, model)
     assert run.table == tmp_path / "v0" / "predictions-rank1.csv"
     assert run.table.is_file()
 
