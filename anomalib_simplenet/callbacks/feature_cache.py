@@ -66,7 +66,7 @@ class FeatureCache(Callback):
         dataset = IndexedDataset(loader.dataset, self.store.seen)
         return clone_dataloader(loader, dataset=dataset, collate_fn=partial(collate_unseen, loader.collate_fn))
 
-    def on_train_epoch_start(self, trainer: Trainer, _pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, *_args: object) -> None:
         """Stop the data loader's workers once they have nothing left to read."""
         if self.store is not None and self.store.seen.all():
             release_workers(trainer.train_dataloader)
@@ -79,14 +79,12 @@ class FeatureCache(Callback):
             batch.features = [maps.to(pl_module.device) for maps in features]
             batch.image, batch.gt_mask = MissingImages(), None
 
-    def on_exception(self, *_args: object) -> None:
-        """Free the maps."""
-        self.store = None
-
-    def teardown(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+    def teardown(self, trainer: Trainer, *_args: object, **_kwargs: object) -> None:
         """Free the maps."""
         self.store = None
         wrap_dataloaders(trainer.fit_loop, "cache", None)
+
+    on_exception = teardown
 
 
 def iterate_features(trainer: Trainer, pl_module: LightningModule, title: str) -> Iterator[list[torch.Tensor]]:

@@ -22,9 +22,8 @@ class FinalValidation(Callback):
         self._only_last = False
         self._validated_step: int | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:
         """Decide whether the last weights alone are validated."""
-        del pl_module
         if stage == "fit":
             interval = getattr(trainer, "val_check_interval", None)  # not there where it is a time
             monitored = any(getattr(callback, "monitor", None) for callback in trainer.callbacks)
@@ -32,41 +31,31 @@ class FinalValidation(Callback):
             self._only_last = every_epoch and not monitored
             self._validated_step = None
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, *_args: object) -> None:
         """Hold Lightning's validation back."""
-        del pl_module
         if self._only_last:
             trainer.check_val_every_n_epoch = _NEVER
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, *_args: object) -> None:
         """Note that thresholds belong to the present weights."""
-        del pl_module
         self._validated_step = trainer.global_step
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, *_args: object) -> None:
         """Validate if training ends now; checkpoint callbacks are called next, and save thresholds with weights."""
-        del pl_module
         self._release(trainer)
         if _is_last_epoch(trainer):
             self._validate(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate if what is called after :meth:`on_train_epoch_end` ended training."""
-        del pl_module
-        self._validate(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the setting back, which the next fit reads."""
-        del pl_module, exception
-        self._release(trainer)
-
-    def _release(self, trainer: Trainer) -> None:
+    def _release(self, trainer: Trainer, *_args: object) -> None:
         if trainer.check_val_every_n_epoch == _NEVER:
             trainer.check_val_every_n_epoch = 1
 
-    def _validate(self, trainer: Trainer) -> None:
+    def _validate(self, trainer: Trainer, *_args: object) -> None:
         if trainer.enable_validation and self._validated_step != trainer.global_step:
             run_validation(trainer)
+
+    on_exception = _release  # the next fit reads the setting
+    on_train_end = _validate  # if what is called after on_train_epoch_end ended training
 
 
 def _is_last_epoch(trainer: Trainer) -> bool:

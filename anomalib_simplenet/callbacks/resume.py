@@ -6,7 +6,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
@@ -26,9 +26,8 @@ class Resume(Callback):
     def __init__(self) -> None:
         self._state: dict[str, torch.Tensor] = {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, *_args: object, **_kwargs: object) -> None:
         """Replace Lightning's way of writing files, not the user's."""
-        del pl_module, stage
         given = trainer.strategy.checkpoint_io
         if getattr(type(given), "save_checkpoint", None) is TorchCheckpointIO.save_checkpoint:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO(given)
@@ -42,9 +41,8 @@ class Resume(Callback):
         """Keep the state of a checkpoint until training starts."""
         self._state = state_dict
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, *_args: object) -> None:
         """Set the generators, in each process otherwise."""
-        del pl_module
         if resumes(trainer) and self._state:
             torch.set_rng_state(self._state["cpu"].cpu())
             if "cuda" in self._state and torch.cuda.is_available():
@@ -56,8 +54,7 @@ class Resume(Callback):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a file beside its target and renames it; Lightning copies it from the temporary folder.
 
-    Args:
-        reader (CheckpointIO): Reads files; anomalib's knows which types are safe.
+    Reads with ``reader``: anomalib's knows which types are safe.
     """
 
     def __init__(self, reader: CheckpointIO) -> None:
@@ -81,11 +78,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             part.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
-        """Read a checkpoint.
-
-        Raises:
-            ValueError: If the file was cut off, or is no checkpoint.
-        """
+        """Read a checkpoint; a ``ValueError`` says so where the file was cut off, or is none."""
         if Path(path).is_file() and not is_zipfile(path):
             msg = f"{path} is no checkpoint, or was cut off while it was copied: use another."
             raise ValueError(msg)

@@ -7,11 +7,11 @@ from typing import Any, SupportsIndex
 
 import wrapt
 from lightning.fabric.utilities.apply_func import apply_to_collection
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from anomalib_simplenet.compat import clone_dataloader, wrap_dataloaders
+from anomalib_simplenet.compat import clone_dataloader, data_loops, wrap_dataloaders
 
 logger = logging.getLogger(__name__)
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for files cut off or damaged
@@ -23,10 +23,9 @@ class UnreadableImages(Callback):
     Data sets with their own ``__getitem__`` are left alone: what they read, and what their errors mean, is theirs.
     """
 
-    def setup(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: Trainer, *_args: object, **_kwargs: object) -> None:
         """Have the data loaders wrapped when the trainer asks for them."""
-        fit = trainer.fit_loop
-        for loop in (fit, fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        for loop in data_loops(trainer):
             wrap_dataloaders(loop, "paths", partial(apply_to_collection, dtype=DataLoader, function=_wrap))
 
 

@@ -28,14 +28,7 @@ class AnomalyGenerator(nn.Module):
         self.mix_noise = mix_noise
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Add noise to each patch.
-
-        Args:
-            embedding (torch.Tensor): Adapted patch embeddings of shape ``(patches, dimension)``.
-
-        Returns:
-            torch.Tensor: Of the same shape; ``embedding`` itself in eval mode.
-        """
+        """Add noise to adapted embeddings ``(patches, dimension)``; in eval mode they are returned as they are."""
         if not self.training:
             return embedding
         noise = torch.randn_like(embedding)

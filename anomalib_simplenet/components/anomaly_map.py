@@ -26,15 +26,7 @@ class AnomalyMapGenerator(nn.Module):
         self.register_buffer("kernel", (kernel / kernel.sum()).float(), persistent=False)
 
     def forward(self, patch_scores: torch.Tensor, image_size: tuple[int, int] | torch.Size) -> torch.Tensor:
-        """Make the anomaly map.
-
-        Args:
-            patch_scores (torch.Tensor): Anomaly scores of shape ``(N, 1, h, w)``.
-            image_size (tuple[int, int] | torch.Size): ``(H, W)`` of the map.
-
-        Returns:
-            torch.Tensor: Map of shape ``(N, 1, H, W)``, in the units of the patch scores.
-        """
+        """Make maps ``(N, 1, H, W)`` of image size ``(H, W)`` from patch scores ``(N, 1, h, w)``, in the same units."""
         with torch.autocast(patch_scores.device.type, enabled=False):
             rows, columns = (
                 self._smooth(resize_matrix(size, out, patch_scores, antialias=False))

@@ -31,21 +31,15 @@ class Discriminator(nn.Module):
         super().__init__()
         check_number("discriminator_layers", layers, at_least=1, integer=True)
         if hidden is not None:
-            check_number(
-                "discriminator_hidden", hidden, at_least=1, integer=True, hint="or None to shrink by 1.5 a layer"
-            )
+            check_number("discriminator_hidden", hidden, at_least=1, integer=True, hint="or None to shrink")
         self.body = nn.Sequential()
         for _ in range(layers - 1):
             width = hidden or int(dimension // 1.5)
             if width < 1:
-                msg = (
-                    f"discriminator_layers is {layers}, too many to shrink the embedding by 1.5 a layer: "
-                    "a layer would be empty. Use fewer, or give discriminator_hidden."
-                )
+                msg = f"discriminator_layers is {layers}, too many to shrink by 1.5 a layer: give discriminator_hidden."
                 raise ValueError(msg)
             activation = nn.LeakyReLU(self.NEGATIVE_SLOPE, inplace=True)
-            block = (nn.Linear(dimension, width), nn.BatchNorm1d(width), activation)
-            self.body.append(nn.Sequential(*block))
+            self.body.append(nn.Sequential(nn.Linear(dimension, width), nn.BatchNorm1d(width), activation))
             dimension = width
         self.tail = nn.Linear(dimension, 1, bias=False)
         for module in self.modules():
@@ -53,14 +47,7 @@ class Discriminator(nn.Module):
                 nn.init.xavier_normal_(module.weight)
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Score patches.
-
-        Args:
-            embedding (torch.Tensor): Adapted patch embeddings of shape ``(patches, dimension)``.
-
-        Returns:
-            torch.Tensor: Scores of shape ``(patches,)``, unbounded.
-        """
+        """Score adapted embeddings ``(patches, dimension)``: ``(patches,)``, unbounded."""
         return self.after_first(self.first(embedding))
 
     @property

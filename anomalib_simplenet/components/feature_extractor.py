@@ -68,11 +68,8 @@ class FeatureExtractor(nn.Module):
     ) -> None:
         super().__init__()
         named = isinstance(layers, Sequence) and all(isinstance(layer, str) for layer in layers)
-        if isinstance(layers, str) or not layers or not named:
-            msg = f"layers is {layers!r}, expected a list with the name of at least one layer, such as ['layer2']."
-            raise ValueError(msg)
-        if len(set(layers)) != len(layers):
-            msg = f"layers is {list(layers)}: each layer may be named once."
+        if isinstance(layers, str) or not layers or not named or len(set(layers)) != len(layers):
+            msg = f"layers is {layers!r}, expected a list of names of at least one layer, each once."
             raise ValueError(msg)
         self.layers = list(layers)
         self.patch_size = 1
@@ -88,8 +85,7 @@ class FeatureExtractor(nn.Module):
         else:
             msg = (
                 f"backbone is {backbone!r}, expected the name of a timm model, or an nn.Module without backbone_args. "
-                "(A checkpoint trained with a module as backbone does not hold it: give it again, "
-                "load_from_checkpoint(..., backbone=...).)"
+                "(A checkpoint trained with a module as backbone needs it: load_from_checkpoint(..., backbone=...).)"
             )
             raise ValueError(msg)
         self.requires_grad_(requires_grad=False)
@@ -113,13 +109,7 @@ class FeatureExtractor(nn.Module):
         return super().train(mode=False)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Extract feature maps.
-
-        Args:
-            images (torch.Tensor): Normalised images of shape ``(N, 3, H, W)``.
-
-        Returns:
-            dict[str, torch.Tensor]: Map of each layer, in the order of ``layers``, of shape ``(N, C, h, w)``.
+        """Extract the maps of normalised images ``(N, 3, H, W)``: for each of ``layers``, in order, ``(N, C, h, w)``.
 
         Raises:
             PretrainedWeightsError: If the pre-trained weights could not be loaded.

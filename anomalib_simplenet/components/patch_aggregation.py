@@ -68,13 +68,9 @@ class PatchAggregation(nn.Module):
             self.register_buffer(f"weight_{index}", weight.float(), persistent=False)
 
     def pool(self, features: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Each layer's contribution to the embedding, on the layer's own grid; one at a time, to save memory.
+        """Each layer's contribution to the embedding, ``(N, size of its segment, h, w)``; one by one, to save memory.
 
-        Args:
-            features (Sequence[torch.Tensor]): Map of each layer, of shape ``(N, C, h, w)``, each with its own sizes.
-
-        Yields:
-            torch.Tensor: For each layer ``(N, size of its segment, h, w)``.
+        Takes the map of each layer, ``(N, C, h, w)`` with sizes of its own, which its contribution keeps.
         """
         for index, (feature, groups) in enumerate(zip(features, self.groups, strict=True)):
             yield F.conv2d(feature, getattr(self, f"weight_{index}"), padding=self.padding, groups=groups)
@@ -94,16 +90,9 @@ class PatchAggregation(nn.Module):
 def project(pooled: Iterable[torch.Tensor], weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear map of the embedding to each layer on its own grid, coarser for deeper layers.
 
-    The map commutes with the bilinear resize, so ``W [x1; up(x2)] + b = W1 x1 + up(W2 x2) + b``.
-
-    Args:
-        pooled (Iterable[torch.Tensor]): What :meth:`PatchAggregation.pool` gives.
-        weights (Sequence[torch.Tensor]): Each layer's columns of ``W``, :attr:`PatchAggregation.segments`, of shape
-            ``(out, size of the segment, 1, 1)``.
-        bias (torch.Tensor | None): ``b``, of shape ``(out,)``.
-
-    Returns:
-        torch.Tensor: Of shape ``(N, out, h, w)`` on the grid of the first layer.
+    The map commutes with the bilinear resize, so ``W [x1; up(x2)] + b = W1 x1 + up(W2 x2) + b``. Takes what
+    :meth:`PatchAggregation.pool` gives, each segment's columns of ``W``, ``(out, size of the segment, 1, 1)``, and
+    ``b``, ``(out,)``; returns ``(N, out, h, w)`` on the grid of the first layer.
     """
     parts: list[torch.Tensor] = []
     for part, weight in zip(pooled, weights, strict=True):
@@ -120,11 +109,7 @@ def _pooling_matrix(size: int, out: int) -> torch.Tensor:
 
 
 def _group(weight: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """Find the most groups in which a convolution's weight ``(out, in, k, k)`` is block-diagonal.
-
-    Returns:
-        tuple[int, torch.Tensor]: The number of groups, and the weight for ``conv2d(groups=...)``.
-    """
+    """Most groups in which a weight ``(out, in, k, k)`` is block-diagonal, and its form for ``conv2d(groups=...)``."""
     out_channels, in_channels = weight.shape[:2]
     most = gcd(out_channels, in_channels)
     out_index, in_index = weight.abs().sum(dim=(2, 3)).nonzero().T

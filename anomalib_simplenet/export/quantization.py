@@ -47,15 +47,16 @@ def quantize(
 
     The rest is computed in float32. It is a small part of the work, and whitening magnifies rounding errors.
 
+    ``INT8`` quantizes weights, ``INT8_PTQ`` weights and features, ``INT8_ACQ`` these except for operations that cost
+    too much accuracy. The data module's validation images calibrate the latter two.
+
     Args:
         model (ov.Model): Model to compress.
-        compression_type (CompressionType): ``INT8`` (weights), ``INT8_PTQ`` (weights and features) or ``INT8_ACQ``
-            (weights and features, except operations that cost too much accuracy).
+        compression_type (CompressionType): One of these three.
         head (set[str]): Output of :func:`head_operations`.
-        datamodule (AnomalibDataModule | None): Its validation images calibrate ``INT8_PTQ`` and ``INT8_ACQ``;
-            ``INT8_ACQ`` measures ``metric`` on its test images.
-        metric (Metric | str | None): Metric that ``INT8_ACQ`` maintains, higher for better: an anomalib metric, or
-            ``"F1Score"``, ``"F1Max"``, ``"AUROC"`` or ``"AUPR"`` of images. Defaults to ``None``: ``"F1Score"``.
+        datamodule (AnomalibDataModule | None): Images. Defaults to ``None``, enough for ``INT8``.
+        metric (Metric | str | None): What ``INT8_ACQ`` measures on test images, higher for better: an anomalib metric,
+            or one of :data:`METRICS` of images. Defaults to ``None``: ``"F1Score"``.
         max_drop (float): Loss of ``metric`` that ``INT8_ACQ`` accepts, between 0 and 1. Defaults to ``0.01``.
 
     Raises:

@@ -26,16 +26,9 @@ def noisy_scores(
     With ``W`` the discriminator's first layer and ``A`` the adapter, ``W (A x + noise) = (W A) x + W noise``: one
     product for all linear layers, on each layer's own grid, and one for the noise.
 
-    Args:
-        embeddings (torch.Tensor | Iterable[torch.Tensor]): Patches of shape ``(patches, dimension)``, or each layer's
-            contribution to them, of shape ``(N, size of its segment, h, w)`` (:meth:`PatchAggregation.pool`).
-        segments (Sequence[slice]): The part of the embedding that each layer contributes to.
-        linear (Sequence[Affine]): Layers before the discriminator.
-        generator (AnomalyGenerator): Makes the noise.
-        discriminator (Discriminator): Scores.
-
-    Returns:
-        tuple[torch.Tensor, torch.Tensor]: Scores of real and of fake patches, ``(patches,)`` each.
+    ``embeddings`` are patches, ``(patches, dimension)``, or each layer's contribution to them, ``(N, size of its
+    segment, h, w)`` (:meth:`PatchAggregation.pool`); ``linear`` are the layers before the discriminator. Returns the
+    scores of real and of fake patches, ``(patches,)`` each.
     """
     first = discriminator.first
     weight, bias = first.weight, first.bias
@@ -49,8 +42,7 @@ def noisy_scores(
         hidden = grid.permute(0, 2, 3, 1).flatten(0, 2)
     noise = generator(hidden.new_zeros(()).expand(len(hidden), first.in_features))
     noisy = torch.addmm(hidden, noise, first.weight.T)
-    real, fake = discriminator.after_first(torch.cat([hidden, noisy])).chunk(2)
-    return real, fake
+    return discriminator.after_first(torch.cat([hidden, noisy])).chunk(2)
 
 
 class FusedHead(nn.Module):
@@ -96,15 +88,7 @@ class FusedHead(nn.Module):
             self.register_buffer(f"bias_{index}", _like(bias, like), False)
 
     def forward(self, pooled: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Score patches.
-
-        Args:
-            pooled (Iterable[torch.Tensor]): Each layer's contribution to the embedding, on its own grid, as
-                :meth:`PatchAggregation.pool` gives it.
-
-        Returns:
-            torch.Tensor: Scores of shape ``(N, 1, h, w)`` on the grid of the first layer; high for normal patches.
-        """
+        """Score what :meth:`PatchAggregation.pool` gives: ``(N, 1, h, w)`` on the first grid, higher for normal."""
         if self.scale and not self.whitens:
             pooled = [white] = list(pooled)
         scores = project(pooled, [getattr(self, f"weight_0_{part}") for part in range(self.parts)], self.bias_0)

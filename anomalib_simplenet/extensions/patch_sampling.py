@@ -4,14 +4,9 @@ import torch
 
 
 def sample_patches(embedding: torch.Tensor, fraction: float = 1.0) -> torch.Tensor:
-    """Draw patches of a batch at random, without replacement.
+    """Draw a share, above 0 and up to 1, of embeddings ``(N, dimension, h, w)`` at random, without replacement.
 
-    Args:
-        embedding (torch.Tensor): Patch embeddings of shape ``(N, dimension, h, w)``.
-        fraction (float): Share of the ``N * h * w`` patches, above 0 and up to 1. Defaults to ``1.0``: all, in order.
-
-    Returns:
-        torch.Tensor: Patches of shape ``(patches, dimension)``, at least one.
+    Returns ``(patches, dimension)``, at least one patch; all, in order, for a share of 1.
     """
     if fraction == 1:
         return embedding.permute(0, 2, 3, 1).flatten(0, 2)

@@ -150,7 +150,7 @@ def test_extractor_is_frozen_and_stays_in_eval_mode() -> None:
         ({"backbone": TwoStages(), "layers": ["middle"]}, "middle not found in backbone 'TwoStages', which has early"),
         ({"layers": []}, "layers is .*at least one layer"),
         ({"layers": "layer2"}, "layers is 'layer2', expected a list"),
-        ({"layers": ["layer2", "layer2"]}, "each layer may be named once"),
+        ({"layers": ["layer2", "layer2"]}, "at least one layer, each once"),
         ({"backbone_args": {"nope": 1}}, "backbone_args: timm cannot build 'resnet18' .*nope"),
         ({"backbone_args": {"act_layer": nn.SiLU}}, "backbone_args is .*numbers, strings and lists"),
         ({"backbone_args": 3}, "backbone_args is 3, expected a dictionary"),

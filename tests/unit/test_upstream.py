@@ -1,4 +1,4 @@
-"""What anomalib, Lightning and torch do not promise and this package leans on: each with what breaks without it."""
+"""Names and behaviour that other libraries do not promise and this package uses, each with what breaks without it."""
 
 import multiprocessing
 from importlib import import_module
@@ -10,16 +10,20 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from anomalib_simplenet.compat import batch_to_device, clone_dataloader, release_workers, wrap_dataloaders
+from anomalib_simplenet.compat import (
+    attach_trainer,
+    batch_to_device,
+    clone_dataloader,
+    data_loops,
+    release_workers,
+    run_validation,
+    wrap_dataloaders,
+)
 
 INTERNALS = [
     ("anomalib.models.image", "Padim", "registry.py imports SimpleNet right after this module, which holds the models"),
     ("anomalib.models", "get_model", "registry.py publishes SimpleNet where this looks models up"),
-    (
-        "anomalib.models.components",
-        "AnomalibModule.trainer.fset",
-        "the paper's 160 epochs are set when a trainer comes",
-    ),
+    ("lightning.pytorch", "LightningModule.trainer.fset", "compat.py sets the paper's 160 epochs with the trainer"),
     ("anomalib.models.components.base.export_mixin", "ExportMixin.to_onnx", "export/exporter.py exports through it"),
     ("anomalib.utils.path", "generate_output_filename", "report.py finds the visualizer's pictures by it"),
     ("anomalib.post_processing", "PostProcessor.normalized_image_threshold", "the report's thresholds"),
@@ -36,30 +40,17 @@ INTERNALS = [
     ("huggingface_hub.utils", "get_session", "compat.py asks the hub once whether it is reachable"),
     ("anomalib.data", "PredictDataset", "unreadable_images.py takes image_filenames from it"),
 ]
-ATTRIBUTES = [
-    ("check_val_every_n_epoch", "validation after the last epoch only"),
-    ("fit_loop.epoch_loop.val_loop.run", "validation after the last epoch if a callback ended training there"),
-]
 
 
 @pytest.mark.parametrize(("module", "name", "use"), INTERNALS, ids=[name for _, name, _ in INTERNALS])
-def test_what_this_package_leans_on_is_there(module: str, name: str, use: str) -> None:
+def test_upstream_name_exists(module: str, name: str, use: str) -> None:
     try:
         attrgetter(name)(import_module(module))
     except (ImportError, AttributeError) as error:
         pytest.fail(f"{module}.{name} has gone, which this package needs ({use}): {error}")
 
 
-@pytest.mark.parametrize(("name", "use"), ATTRIBUTES, ids=[name for name, _ in ATTRIBUTES])
-def test_what_this_package_leans_on_in_the_trainer_is_there(name: str, use: str) -> None:
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    try:
-        attrgetter(name)(trainer)
-    except AttributeError as error:
-        pytest.fail(f"Trainer.{name} has gone, which this package needs ({use}): {error}")
-
-
-def test_the_engine_still_asks_models_for_trainer_arguments() -> None:
+def test_engine_asks_models_for_trainer_arguments() -> None:
     from anomalib.engine import Engine
     from anomalib.models.components import AnomalibModule
 
@@ -112,21 +103,49 @@ class Numbers(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def numbers_trainer() -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+def numbers_trainer(**limits: int) -> Trainer:
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    return Trainer(accelerator="cpu", **quiet, **(limits or {"max_epochs": 1}))
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"), [({"max_steps": -1}, 2), ({"max_epochs": 1}, 1), ({"max_steps": 1}, -1)]
+)
+def test_attach_trainer_limits_a_fit_that_has_no_limit(limits: dict[str, int], expected: int) -> None:
+    class Limited(Numbers):
+        @property
+        def trainer(self) -> Trainer:
+            return super().trainer
+
+        @trainer.setter
+        def trainer(self, trainer: Trainer | None) -> None:
+            attach_trainer(self, trainer, 2)
+
+    trainer, model = numbers_trainer(**limits), Limited()
+    trainer.fit(model, DataLoader([0], batch_size=1))
+    changed = "Lightning no longer sets LightningModule.trainer before its 1000 epochs, or moved fit_loop.max_epochs"
+    assert (trainer.max_epochs, len(model.batches)) == (expected, abs(expected)), changed
+
+
+def test_run_validation_validates_during_a_fit() -> None:
+    class Validating(Numbers):
+        def validation_step(self, batch: torch.Tensor) -> None:
+            self.batches.append(batch.tolist())
+
+        def on_train_epoch_end(self) -> None:
+            run_validation(self.trainer)
+
+    trainer, model = numbers_trainer(max_epochs=2), Validating()
+    trainer.check_val_every_n_epoch = 9  # FinalValidation sets it, too
+    trainer.num_sanity_val_steps = 0
+    trainer.fit(model, DataLoader([1], batch_size=1), DataLoader([2], batch_size=1))
+    changed = "Lightning's fit_loop.epoch_loop.val_loop no longer validates when it is run by hand"
+    assert model.batches == [[101], [102]] * 2, changed
 
 
 def test_wrap_dataloaders_is_used_by_the_trainers_loops() -> None:
     trainer, loader = numbers_trainer(), DataLoader([0, 1, 2], batch_size=2)
-    loops = [trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
-    for loop in [*loops, trainer.fit_loop.epoch_loop.val_loop]:
+    for loop in data_loops(trainer):
         wrap_dataloaders(loop, "first", lambda _: DataLoader([5, 6, 7], batch_size=3))
         wrap_dataloaders(loop, "second", lambda given: [*given, [8]])
         wrap_dataloaders(loop, "second", lambda given: given)  # replaces
