@@ -6,7 +6,7 @@
     python tests/benchmarks/accuracy.py --data magnetic_tile    # its images in datasets/magnetic_tile, as MVTec AD's
 
 Data are those of ``configs/benchmark/edge.yaml``, split once for all: anomalib's validation half of the test images is
-what settings were tuned on and what thresholds are chosen on; figures are those of the other half, of the last epoch.
+what settings were tuned on and what thresholds are chosen on; metrics are those of the other half, of the last epoch.
 Every model gets the same backbone, layers and images of 256 x 256. Each run adds a line to ``results/accuracy.csv``;
 runs found there are not run again.
 """
@@ -41,7 +41,7 @@ from anomalib_simplenet.quickstart import DATASETS, prepare_cells, prepare_weigh
 TABLE = RESULTS / "accuracy.csv"
 LAYERS = ["blocks.2", "blocks.4"]  # strides 8 and 16, as the paper's layer2 and layer3
 SIZE = (256, 256)
-FIGURES = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO")
+METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO")
 EPOCHS = 24  # of simplenet_edge.yaml
 
 
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def run(data: str, backbone: str, model: str, images: int | None, epochs: int, seed: int) -> None:
-    """Train and test once, and keep the figures."""
+    """Train and test once, and keep the metrics."""
     make = MODELS[model][0]
     settings = {"data": data, "backbone": backbone, "model": model, "images": images or "all", "seed": seed}
     settings["epochs"] = epochs
@@ -129,11 +129,11 @@ def run(data: str, backbone: str, model: str, images: int | None, epochs: int, s
             logger=False,
         )
         engine.fit(made, datamodule=folder)
-        figures = engine.test(made, datamodule=folder)[0]
-    row = {**settings, **{name: round(figures[name], 4) for name in FIGURES if name in figures}}
+        metrics = engine.test(made, datamodule=folder)[0]
+    row = {**settings, **{name: round(metrics[name], 4) for name in METRICS if name in metrics}}
     new = not TABLE.is_file()
     with TABLE.open("a", newline="") as file:
-        writer = csv.DictWriter(file, ["data", "backbone", "model", "images", "seed", "epochs", *FIGURES])
+        writer = csv.DictWriter(file, ["data", "backbone", "model", "images", "seed", "epochs", *METRICS])
         if new:
             writer.writeheader()
         writer.writerow(row)
@@ -158,16 +158,16 @@ def summarise() -> None:
     for (data, backbone, images, model, epochs), runs in sorted(groups.items()):
         line = {"data": data, "backbone": backbone, "images": images, "model": model, "epochs": epochs}
         line["seeds"] = len(runs)
-        for figure in FIGURES:
-            values = [float(row[figure]) for row in runs if row[figure]]
-            line[figure] = f"{statistics.mean(values):.3f}" if values else ""
-            line[figure] += f" ± {statistics.pstdev(values):.3f}" if len(values) > 1 else ""
+        for metric in METRICS:
+            values = [float(row[metric]) for row in runs if row[metric]]
+            line[metric] = f"{statistics.mean(values):.3f}" if values else ""
+            line[metric] += f" ± {statistics.pstdev(values):.3f}" if len(values) > 1 else ""
         table.append(line)
     show("Mean and standard deviation over the seeds", table)
 
 
 def prepare() -> None:
-    """Make weights, solar cells, and sound cells with anomalib's synthetic defects and their masks."""
+    """Make weights, solar cells, and normal cells with anomalib's synthetic defects and their masks."""
     for number in range(3):
         prepare_weights(DATASETS / f"efficientnet_lite{number}", f"lite{number}")
     for cells in ("mono", "poly"):

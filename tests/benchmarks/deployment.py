@@ -120,21 +120,21 @@ def _answers(
 
 def measure(files: dict[str, Path], seconds: int, repeats: int) -> dict[str, tuple[float, float]]:
     """Median latency and throughput by benchmark_app, of the files in turns."""
-    figures: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
+    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
     for _ in range(repeats):
         for name, path in files.items():
             latency = _benchmark_app(path, seconds, "latency", r"Median:\s+([\d.]+)")
             throughput = _benchmark_app(path, seconds, "throughput", r"Throughput:\s+([\d.]+)")
-            figures[name].append((latency, throughput))
-    return {name: tuple(map(statistics.median, zip(*values, strict=True))) for name, values in figures.items()}
+            speeds[name].append((latency, throughput))
+    return {name: tuple(map(statistics.median, zip(*values, strict=True))) for name, values in speeds.items()}
 
 
-def _benchmark_app(path: Path, seconds: int, hint: str, figure: str) -> float:
+def _benchmark_app(path: Path, seconds: int, hint: str, pattern: str) -> float:
     program = Path(sys.executable).parent / "benchmark_app"
     command = [program, "-m", path, "-d", "CPU", "-hint", hint, "-t", seconds]
     shape = ["-shape", "[1,3,300,300]", "-data_shape", "[1,3,300,300]"]
     output = subprocess.run([*map(str, command), *shape], capture_output=True, text=True, check=True).stdout
-    return float(re.findall(figure, output)[-1])
+    return float(re.findall(pattern, output)[-1])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python tests/benchmarks/options.py --folder elpv_mono=datasets/elpv/mono --folder NAME=FOLDER
 
 Trains ``configs/model/simplenet_edge.yaml`` through anomalib's engine on each folder (train/good, test/good, test/*
-and, where there are masks, ground_truth/*), with each seed. The figures are those of the last epoch on the half of the
+and, where there are masks, ground_truth/*), with each seed. The metrics are those of the last epoch on the half of the
 test images that anomalib leaves for testing; the split is the same for all. Times are those of training without
 validation.
 """
@@ -53,8 +53,8 @@ def main() -> None:
             for variant in args.variants:
                 settings = dict(VARIANTS[variant])
                 epochs = args.epochs * settings.pop("times", 1)
-                figures = train(name, Path(path), seed, epochs, settings)
-                runs.append({"data": name, "variant": variant, "seed": seed, **figures})
+                metrics = train(name, Path(path), seed, epochs, settings)
+                runs.append({"data": name, "variant": variant, "seed": seed, **metrics})
                 print(runs[-1], flush=True)
     tables = {"summary": summarise(runs), "runs": runs}
     show("Mean and standard deviation over the seeds", tables["summary"])
@@ -90,8 +90,8 @@ def train(name: str, folder: Path, seed: int, epochs: int, settings: dict[str, A
         )
         overrides = {f"model.{key}": value for key, value in {"visualizer": False, **settings}.items()}
         model = SimpleNet.from_config("configs/model/simplenet_edge.yaml", **overrides)
-        figures = engine.train(model, datamodule=data)[0]
-    return {**{key: round(value, 4) for key, value in figures.items()}, "seconds": round(times.seconds, 1)}
+        metrics = engine.train(model, datamodule=data)[0]
+    return {**{key: round(value, 4) for key, value in metrics.items()}, "seconds": round(times.seconds, 1)}
 
 
 class TrainingTime(Callback):

@@ -30,11 +30,11 @@ def tiny_model(**arguments: object) -> SimpleNet:
     return SimpleNet(**{**TINY, **arguments})
 
 
-def record(trial: str, **figures: object) -> None:
-    """Keep the figures of a full trial."""
+def record(trial: str, **metrics: object) -> None:
+    """Keep the metrics of a full trial."""
     if FULL_TRIALS:
         kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-        RESULTS.write_text(json.dumps({**kept, trial: figures}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({**kept, trial: metrics}, indent=1) + "\n")
 
 
 def write_images(folder: Path, count: int, size: tuple[int, int] = (80, 64), seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Odd pictures, folders and interruptions: each works or ends with a sentence that says what is wrong."""
+"""Unusual images, folders and interruptions: each works or ends with a sentence that says what is wrong."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ def train(pictures: Path, model: SimpleNet | None = None, **data: object) -> dic
     return engine.train(model or tiny_model(), datamodule=folder_data(pictures, **data))[0]
 
 
-def odd(kind: str) -> Image.Image:
+def unusual(kind: str) -> Image.Image:
     pixels = np.random.default_rng(1).integers(0, 256, (50, 90, 4), dtype=np.uint8)
     return {
         "grey": lambda: Image.fromarray(pixels[..., 0]),
@@ -40,8 +40,8 @@ def odd(kind: str) -> Image.Image:
 @pytest.mark.parametrize("kind", ["grey", "rgba", "grey 16 bit", "palette", "black and white", "wide"])
 def test_simplenet_trains_tests_and_predicts_odd_images(pictures: Path, kind: str) -> None:
     for part in ("train/good", "test/good", "test/bad"):
-        odd(kind).save(pictures / part / "000.png")
-    Image.new("L", odd(kind).size, 255).save(pictures / "ground_truth" / "bad" / "000.png")
+        unusual(kind).save(pictures / part / "000.png")
+    Image.new("L", unusual(kind).size, 255).save(pictures / "ground_truth" / "bad" / "000.png")
     model = tiny_model()
     train(pictures, model)
     engine = Engine(default_root_dir=pictures.parent / "predicted", accelerator="cpu")
@@ -73,7 +73,7 @@ def test_pictures_have_five_panels_with_masks(pictures: Path) -> None:
 
 def test_pictures_keep_the_shape_of_non_square_images(pictures: Path) -> None:
     for path in (pictures / "test" / "good").iterdir():
-        odd("wide").resize((900, 300)).save(path)
+        unusual("wide").resize((900, 300)).save(path)
     train(pictures)
     for part, panel in (("good", (768, 256)), ("bad", (256, 256))):
         with Image.open(next((pictures.parent / "results").rglob(f"images/test/{part}/*.png"))) as picture:
@@ -186,12 +186,12 @@ def test_training_opens_no_image_twice(pictures: Path, monkeypatch: pytest.Monke
 
 def test_images_of_16_bits_are_warned_of_once(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
     for path in (pictures / "train" / "good").iterdir():
-        odd("grey 16 bit").save(path)
+        unusual("grey 16 bit").save(path)
     train(pictures)
     assert caplog.text.count("000.png has more than 8 bits a pixel") == 1
 
 
-def test_a_results_folder_that_cannot_be_written_is_named_before_training(pictures: Path) -> None:
+def test_results_folder_that_cannot_be_written_is_named_before_training(pictures: Path) -> None:
     (pictures.parent / "results").write_text("a file in the folder's place")
     with pytest.raises(OSError, match="results"):
         train(pictures)

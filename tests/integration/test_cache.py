@@ -434,8 +434,8 @@ if __name__ == "__main__":
         default_root_dir=pictures.parent / sys.argv[2],
     )
     engine.fit(model, datamodule=folder_data(pictures, train_batch_size=1))
-    figures = {"losses": watch.losses, "extracted": sum(watch.extracted)}
-    torch.save(figures, pictures.parent / f"{sys.argv[2]}{engine.trainer.global_rank}.pt")
+    metrics = {"losses": watch.losses, "extracted": sum(watch.extracted)}
+    torch.save(metrics, pictures.parent / f"{sys.argv[2]}{engine.trainer.global_rank}.pt")
 """
 
 

@@ -109,7 +109,7 @@ def test_fit_takes_max_time_in_place_of_epochs(pictures: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "validated_at"),
+    ("settings", "validated_at"),
     [
         ({"check_val_every_n_epoch": 2}, [6, 12]),
         ({"check_val_every_n_epoch": 3}, [9, 12]),
@@ -124,8 +124,8 @@ def test_fit_takes_max_time_in_place_of_epochs(pictures: Path) -> None:
         ({"callbacks": [EarlyStopping("train_loss", patience=9)]}, [3, 6, 9, 12]),
     ],
 )
-def test_fit_validates_as_often_as_requested(pictures: Path, wish: dict, validated_at: list[int]) -> None:
-    count, engine, model = fit(pictures, max_epochs=4, **wish)
+def test_fit_validates_as_often_as_requested(pictures: Path, settings: dict, validated_at: list[int]) -> None:
+    count, engine, model = fit(pictures, max_epochs=4, **settings)
     assert count.validated_at == validated_at
     saved = torch.load(engine.trainer.checkpoint_callback.best_model_path, weights_only=True)
     assert saved["global_step"] == engine.trainer.global_step
@@ -241,7 +241,7 @@ def test_training_logs_loss_and_accuracies(pictures: Path) -> None:
 
 def test_training_step_returns_the_loss_of_its_scores() -> None:
     model = tiny_model()
-    model.log_dict = lambda figures, **_: logged.update(figures)
+    model.log_dict = lambda metrics, **_: logged.update(metrics)
     logged: dict = {}
     real, fake = torch.tensor([1.0, 0.2, -1.0, 0.6]), torch.tensor([-1.0, 0.0, 1.0, -0.2])
     model.model.discriminate = lambda _features: (real, fake)

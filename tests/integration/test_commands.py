@@ -19,7 +19,7 @@ SUFFIX = {"torch": ".pt", "onnx": ".onnx", "openvino": ".xml"}
 
 
 class Workshop:
-    """A folder with a model trained by `anomalib fit` on real photographs, and ways to go on from there."""
+    """A folder with a model trained by `anomalib fit` on real photographs, and ways to use it."""
 
     def __init__(self, folder: Path, real: Path) -> None:
         self.folder = folder
@@ -60,7 +60,7 @@ def workshop(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 @pytest.fixture(scope="module")
 def photographs(workshop: Workshop) -> list[Path]:
-    """24 real photographs, of 300 x 300 pixels, and four of them larger still and oblong; the model takes 256 x 256."""
+    """24 real photographs, of 300 x 300 pixels, and four of them also larger and non-square; the model takes 256 x 256."""
     folder = workshop.folder / "photographs"
     folder.mkdir()
     for part in ("good", "defective"):
@@ -96,7 +96,7 @@ def test_validate_and_test_from_the_checkpoint(workshop: Workshop) -> None:
     assert list((workshop.folder / "results").rglob("images/**/*.png"))
 
 
-def test_train_goes_on_from_the_checkpoint_and_tests(workshop: Workshop) -> None:
+def test_train_resumes_from_the_checkpoint_and_tests(workshop: Workshop) -> None:
     limits = [f"--trainer.limit_{part}_batches=2" for part in ("train", "val", "test")]
     cli = workshop.from_checkpoint("train", *workshop.data, "--trainer.max_epochs", "3", *limits)
     assert cli.engine.trainer.current_epoch == 3

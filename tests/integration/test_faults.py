@@ -59,7 +59,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.trial
-def test_training_killed_at_any_moment_ends_as_if_it_had_not_been(pictures: Path, tmp_path: Path) -> None:
+def test_training_resumes_after_a_kill_as_if_uninterrupted(pictures: Path, tmp_path: Path) -> None:
     """Kill -9 again and again, resume from the newest checkpoint each time."""
     trials = 20 if FULL_TRIALS else 2
     process = train(pictures, tmp_path / "whole")
@@ -91,7 +91,7 @@ def test_training_killed_at_any_moment_ends_as_if_it_had_not_been(pictures: Path
     record("kill -9 in training", tried=kills, lost="nothing: the same weights, bit for bit", resumed_from=resumed_from)
 
 
-def test_two_runs_that_start_at_once_keep_apart(pictures: Path, tmp_path: Path) -> None:
+def test_runs_started_at_once_keep_apart(pictures: Path, tmp_path: Path) -> None:
     processes = [train(pictures, tmp_path / "results") for _ in range(2)]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     done = [process.returncode == 0 for process in processes]
@@ -100,7 +100,7 @@ def test_two_runs_that_start_at_once_keep_apart(pictures: Path, tmp_path: Path) 
     assert len(checkpoints(tmp_path / "results")) == sum(done)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(pictures: Path, tmp_path: Path) -> None:
+def test_checkpoint_survives_a_full_disk(pictures: Path, tmp_path: Path) -> None:
     def limit() -> None:  # files cannot grow, as where the disk is full
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -132,7 +132,7 @@ def test_results_go_to_folders_with_spaces_and_letters_of_any_kind(pictures: Pat
 
 
 def fuzzed(kind: str, chance: random.Random) -> tuple[bytes, str]:
-    """Content of an image file that is odd or broken, and how its name ends."""
+    """Content of an image file that is unusual or broken, and how its name ends."""
     noise = np.random.default_rng(chance.randrange(2**32))
     suffix = chance.choice([".png", ".jpg", ".bmp", ".tif"])
     size = {"1 x 1": (1, 1), "1 x 10,000": (10_000, 1), "10,000 x 1": (1, 10_000)}.get(kind, (40, 50))
@@ -175,7 +175,7 @@ ALWAYS_PREDICTED = KINDS[4:]
 
 @pytest.mark.trial
 @pytest.mark.filterwarnings("ignore")
-def test_odd_and_broken_files_are_predicted_or_refused_by_name(tmp_path: Path) -> None:
+def test_predict_scores_or_names_unusual_and_broken_files(tmp_path: Path) -> None:
     chance, model, results = random.Random(1), tiny_model(visualizer=False).eval(), {}
     trials = 1000 if FULL_TRIALS else 56
     for number in range(trials):
@@ -200,10 +200,10 @@ def test_odd_and_broken_files_are_predicted_or_refused_by_name(tmp_path: Path) -
     assert sum(results.values()) == trials
     assert results["zero size", "refused"] == len(range(KINDS.index("zero size"), trials, len(KINDS)))
     counts = {" ".join(key): count for key, count in sorted(results.items())}
-    record("odd and broken image files", tried=trials, lost="nothing: all predicted or refused by name", **counts)
+    record("unusual and broken image files", tried=trials, lost="nothing: all predicted or refused by name", **counts)
 
 
-def test_exported_models_take_odd_images_as_the_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exported_model_takes_unusual_images_as_the_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # OpenVINOInferencer leaves a cache where it is called
     torch.manual_seed(0)
     model = tiny_model(visualizer=False, post_processor=False).eval()
@@ -217,7 +217,7 @@ def test_exported_models_take_odd_images_as_the_model_does(tmp_path: Path, monke
         assert exported.predict(path).pred_score.item() == pytest.approx(expected, abs=1e-3), kind
 
 
-def test_a_broken_image_among_others_is_named_whatever_is_done_with_it(pictures: Path) -> None:
+def test_broken_image_among_others_is_named_by_every_command(pictures: Path) -> None:
     model = tiny_model()
     for part in ("train/good", "test/good", "ground_truth/bad"):
         path = pictures / part / "001.png"

@@ -76,7 +76,7 @@ def test_cli_help_describes_every_argument(process: Process) -> None:
         assert description.partition("Defaults to")[0].strip(), f"no description of {name} {metavars}"
 
 
-def test_every_spelling_of_the_name_gives_the_model(process: Process) -> None:
+def test_model_is_found_by_every_spelling_of_its_name(process: Process) -> None:
     process.python("""
 from anomalib.models import SimpleNet, get_model, list_models
 

@@ -112,7 +112,7 @@ def test_training_step_equals_the_plain_path(**arguments: object) -> None:
 
 
 @pytest.mark.parametrize("patch_fraction", [1.0, 0.5])
-def test_a_training_step_never_waits_for_the_device(patch_fraction: float) -> None:
+def test_training_step_never_waits_for_the_device(patch_fraction: float) -> None:
     model, images = (
         make(TwoStages(), layers=("early", "late"), patch_fraction=patch_fraction),
         torch.randn(2, 3, 32, 48),
