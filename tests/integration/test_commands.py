@@ -60,7 +60,7 @@ def workshop(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 @pytest.fixture(scope="module")
 def photographs(workshop: Workshop) -> list[Path]:
-    """24 real photographs, of 300 x 300 pixels, and four of them also larger and non-square; the model takes 256 x 256."""
+    """24 real photographs, of 300 x 300 pixels, and four of them larger and non-square; the model takes 256 x 256."""
     folder = workshop.folder / "photographs"
     folder.mkdir()
     for part in ("good", "defective"):
