@@ -14,9 +14,9 @@ from .torch_model import SimpleNetModel
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 ARCHITECTURE = {name: parameter.default for name, parameter in signature(SimpleNetModel).parameters.items()}
-_NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise", "patch_fraction"}
+_NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise", "noise", "patch_fraction"}
 _INFERENCE = {"top_patches"}
 _DEFAULT_SENSITIVITY = 0.5
 

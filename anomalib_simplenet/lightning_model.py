@@ -29,6 +29,7 @@ from .checkpoints import ARCHITECTURE, FORMAT, differing, keep_sensitivities, po
 from .checks import check_number
 from .compat import attach_trainer
 from .export.exporter import ExactExport
+from .extensions.brightness import MEAN, STD, normalizes_as_imagenet
 from .loss import TruncatedL1Loss
 from .registry import register
 from .torch_model import SimpleNetModel
@@ -125,6 +126,10 @@ class SimpleNet(ExactExport, AnomalibModule):
         extractor = self.model.feature_extractor
         if isinstance(self.pre_processor, PreProcessor) and self.input_size is not None:
             extractor.check_image_size(self.input_size)
+        transform = getattr(self.pre_processor, "transform", None)
+        if self.model.normalize_brightness and not normalizes_as_imagenet(transform):
+            msg = f"normalize_brightness needs a pre_processor that ends with Normalize(mean={MEAN}, std={STD})."
+            raise ValueError(msg)
         unscaled = self.model.whitening is None and self.model.anomaly_generator.noise_std == PAPER_NOISE
         if stage == "fit" and unscaled and "wide_resnet50_2" not in str(extractor.architecture):
             logger.warning("noise_std is 0.015, for WideResNet-50-2's features: set whiten to true and noise_std to 1.")
@@ -280,7 +285,7 @@ class SimpleNet(ExactExport, AnomalibModule):
                 msg = f"center_crop_size is {center_crop_size}, expected at most image_size, {(height, width)}."
                 raise ValueError(msg)
             transforms.append(CenterCrop(center_crop_size))
-        transforms.append(Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]))
+        transforms.append(Normalize(mean=MEAN, std=STD))
         return PreProcessor(transform=Compose(transforms))
 
     def configure_post_processor(self) -> PostProcessor:

@@ -18,6 +18,7 @@ from .components import (
 )
 from .components.ops import non_finite
 from .extensions.averaging import PolynomialAverage
+from .extensions.brightness import equalize_brightness
 from .extensions.fused_head import FusedHead, fingerprint, noisy_scores
 from .extensions.patch_sampling import sample_patches
 from .extensions.whitening import Affine, Whitening
@@ -28,31 +29,28 @@ class SimpleNetModel(nn.Module):
 
     Args:
         backbone (str | nn.Module): Name of a CNN or transformer of timm, ``local-dir:FOLDER`` (a folder with timm's
-            ``config.json`` and weights), or in Python a module. Defaults to ``"wide_resnet50_2.tv_in1k"``, to whose
-            weights the default noise belongs.
-        layers (Sequence[str]): Layers of the backbone that make the embedding; the first gives the grid. Defaults to
-            ``("layer2", "layer3")``.
+            ``config.json`` and weights), or in Python a module. Defaults to ``"wide_resnet50_2.tv_in1k"``.
+        layers (Sequence[str]): The backbone's layers; the first gives the grid. Defaults to ``("layer2", "layer3")``.
         pre_trained (bool): Whether to load the backbone's pre-trained weights. Defaults to ``True``.
         backbone_args (dict[str, Any] | None): More arguments for ``timm.create_model``. Defaults to ``None``.
         patch_size (int): Side of the neighbourhood pooled into a patch, odd. Defaults to ``3``.
         pretrain_embed_dimension (int | None): What each layer's patches are pooled to; ``None`` for its own number of
             channels. Defaults to ``1536``.
-        target_embed_dimension (int | None): Size of a patch embedding; ``None`` for the sum of the layers' channels.
-            Defaults to ``1536``.
+        target_embed_dimension (int | None): Size of an embedding; ``None`` for all channels. Defaults to ``1536``.
         adapter_layers (int): Linear layers of the adapter; ``0`` for none. Defaults to ``1``.
         discriminator_layers (int): Linear layers of the discriminator. Defaults to ``2``.
-        discriminator_hidden (int | None): Size of its hidden layers; ``None`` shrinks by 1.5 a layer.
-            Defaults to ``1024``.
+        discriminator_hidden (int | None): Size of hidden layers; ``None`` shrinks by 1.5 each. Defaults to ``1024``.
         noise_std (float): Standard deviation of the noise that makes anomalies. Must suit the scale of the backbone's
             features. Defaults to ``0.015``.
         mix_noise (int): Number of noise scales, ``noise_std * 1.1**k``. Defaults to ``1``.
+        noise (str): ``"gaussian"``, the paper's, or ``"radial"``, for whitened features (:class:`AnomalyGenerator`).
+            Defaults to ``"gaussian"``.
         whiten (bool | str): Not in the paper: whether to whiten embeddings with statistics of the training images. Puts
-            ``noise_std`` in units of the features' standard deviation. ``"local"``: with those of each position,
-            for parts in a fixed position and images of one size. Defaults to ``False``.
+            ``noise_std`` in units of their standard deviation. ``"local"``: of each position. Defaults to ``False``.
+        components (int | None): Principal components that whitening keeps. Defaults to ``None``: all.
+        normalize_brightness (bool): Whether to divide each image by its mean brightness. Defaults to ``False``.
         patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on, above 0.
             Defaults to ``1.0``: all, as in the paper.
-        distance_weight (float): Not in the paper: weight of a whitened embedding's distance from the mean, divided by
-            the square root of its size, in a patch's score. Defaults to ``0.0``.
         top_patches (int): The image score is the mean of the k highest patch scores. Defaults to ``1``, the paper's.
         averaging (bool): Not in the paper: whether to predict with the average of the weights over about the last
             quarter of training instead of those of the last step. Defaults to ``False``.
@@ -88,33 +86,33 @@ class SimpleNetModel(nn.Module):
         discriminator_hidden: int | None = 1024,
         noise_std: float = 0.015,
         mix_noise: int = 1,
+        noise: Literal["gaussian", "radial"] = "gaussian",
         whiten: bool | Literal["local"] = False,
+        components: int | None = None,
+        normalize_brightness: bool = False,
         patch_fraction: float = 1.0,
-        distance_weight: float = 0.0,
         top_patches: int = 1,
         averaging: bool = False,
     ) -> None:
         super().__init__()
         check_number("patch_fraction", patch_fraction, above=0, at_most=1)
-        check_number("distance_weight", distance_weight, at_least=0)
         check_number("top_patches", top_patches, at_least=1, integer=True)
-        if not (isinstance(whiten, bool) or whiten == "local"):
-            msg = f"whiten is {whiten!r}, expected True, False or 'local'."
+        if not (isinstance(whiten, bool) or whiten == "local") or (noise == "radial" and not whiten):
+            msg = f"whiten is {whiten!r}, expected True, False or 'local', and not False where noise is radial."
             raise ValueError(msg)
-        if distance_weight and not whiten:
-            msg = f"distance_weight is {distance_weight}, but distances need whitened embeddings: set whiten to true."
-            raise ValueError(msg)
-        self.patch_fraction, self.distance_weight, self.top_patches = patch_fraction, distance_weight, top_patches
+        self.normalize_brightness, self.patch_fraction = normalize_brightness, patch_fraction
+        self.top_patches = top_patches
         self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained, backbone_args)
         channels = self.feature_extractor.channels
         dimension = sum(channels) if target_embed_dimension is None else target_embed_dimension
         self.patch_aggregation = PatchAggregation(channels, patch_size, pretrain_embed_dimension, dimension)
+        self.whitening = Whitening(dimension, whiten == "local", components) if whiten else None
+        dimension = components if whiten and components else dimension
         self.adapter = Adapter(dimension, adapter_layers)
-        self.anomaly_generator = AnomalyGenerator(noise_std, mix_noise)
+        self.anomaly_generator = AnomalyGenerator(noise_std, mix_noise, noise)
         self.discriminator = Discriminator(dimension, discriminator_layers, discriminator_hidden)
         self.anomaly_map_generator = AnomalyMapGenerator()
 
-        self.whitening = Whitening(dimension, local=whiten == "local") if whiten else None
         self.averaged = PolynomialAverage(self.trained) if averaging else None
         self._fused_head: FusedHead | None = None
         self._fused_from: tuple[float, ...] = ()
@@ -127,10 +125,9 @@ class SimpleNetModel(nn.Module):
             images (torch.Tensor): Normalised images of shape ``(N, 3, H, W)``.
 
         Returns:
-            tuple[torch.Tensor, torch.Tensor] | InferenceBatch: In training mode the discriminator's scores of the
-            adapted patches and of the same with noise, ``(N * h * w,)`` each, or as many as ``patch_fraction`` leaves.
-            In eval mode, unbounded and higher for more anomalous: ``pred_score`` ``(N,)``, and ``anomaly_map``
-            ``(N, 1, H, W)``, the patches' scores resized and smoothed.
+            tuple[torch.Tensor, torch.Tensor] | InferenceBatch: In training mode scores of real and fake patches,
+            ``(N * h * w,)`` each, or as many as ``patch_fraction`` leaves. In eval mode, unbounded and higher for more
+            anomalous: ``pred_score`` ``(N,)``, and ``anomaly_map`` ``(N, 1, H, W)``, resized and smoothed.
         """
         features = self.extract(images)  # of each layer (N, C, h, w)
         if self.training:
@@ -161,6 +158,7 @@ class SimpleNetModel(nn.Module):
 
     def extract(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Extract the backbone's maps from images ``(N, 3, H, W)``: for each layer ``(N, C, h, w)``."""
+        images = equalize_brightness(images) if self.normalize_brightness else images
         return list(self.feature_extractor(images).values())
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -195,10 +193,10 @@ class SimpleNetModel(nn.Module):
             adapter, discriminator = self.averaged.module
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
             whitening = self._global_whitening
-            fused_from = (self.distance_weight, *fingerprint([adapter, discriminator], whitening))
+            fused_from = fingerprint([adapter, discriminator], whitening)
             if self._fused_head is None or fused_from != self._fused_from:
                 linear, segments = [*whitening, *adapter], self._parts([])[1]
-                self._fused_head = FusedHead(linear, discriminator, segments, self.distance_weight, *whitening)
+                self._fused_head = FusedHead(linear, discriminator, segments)
                 self._fused_from = fused_from
 
     @property

@@ -59,7 +59,12 @@ def resize_matrix(size: int, out: int, like: torch.Tensor, antialias: bool) -> t
     # The integers get all four dimensions here, or OpenVINO rewrites the products.
     weight = (2 * width - (sample[None, None, None] - centre[None, None, :, None]).abs()).clamp(min=0)
     total = weight.sum(dim=3, keepdim=True).to(like.dtype)
-    return weight.to(like.dtype) * total.pow(torch.full_like(total, -1.0))  # a quotient loses the mark, too
+    return weight.to(like.dtype) * reciprocal(total)
+
+
+def reciprocal(values: torch.Tensor) -> torch.Tensor:
+    """``1 / values``, of any shape; a quotient loses the mark, too."""
+    return values.pow(torch.full_like(values, -1.0))
 
 
 def non_finite(images: torch.Tensor, patch_scores: torch.Tensor) -> torch.Tensor:

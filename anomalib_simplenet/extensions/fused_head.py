@@ -24,7 +24,7 @@ def noisy_scores(
     """Score real and fake patches in training mode.
 
     With ``W`` the discriminator's first layer and ``A`` the adapter, ``W (A x + noise) = (W A) x + W noise``: one
-    product for all linear layers, on each layer's own grid, and one for the noise.
+    product for all linear layers, on each layer's own grid, and one for the noise. Radial noise scales ``W A x``.
 
     ``embeddings`` are patches, ``(patches, dimension)``, or each layer's contribution to them, ``(N, size of its
     segment, h, w)`` (:meth:`PatchAggregation.pool`); ``linear`` are the layers before the discriminator. Returns the
@@ -40,8 +40,12 @@ def noisy_scores(
     else:
         grid = project(embeddings, [weight[:, segment, None, None] for segment in segments], bias)
         hidden = grid.permute(0, 2, 3, 1).flatten(0, 2)
-    noise = generator(hidden.new_zeros(()).expand(len(hidden), first.in_features))
-    noisy = torch.addmm(hidden, noise, first.weight.T)
+    if generator.noise == "radial":
+        own = 0 if first.bias is None else first.bias
+        noisy = generator(hidden - own) + own
+    else:
+        noise = generator(hidden.new_zeros(()).expand(len(hidden), first.in_features))
+        noisy = torch.addmm(hidden, noise, first.weight.T)
     return discriminator.after_first(torch.cat([hidden, noisy])).chunk(2)
 
 
@@ -55,32 +59,14 @@ class FusedHead(nn.Module):
         linear (Sequence[Affine]): What stands before the discriminator: whitening and adapter.
         discriminator (Discriminator): Trained discriminator.
         segments (Sequence[slice]): The part of the embedding that each layer contributes to.
-        distance_weight (float): Weight of the whitened embedding's norm, divided by the square root of its size.
-            Defaults to ``0.0``.
-        whitening (Affine | None): The first of ``linear`` where the distance needs its product; ``None`` if embeddings
-            are whitened already. Defaults to ``None``.
     """
 
-    def __init__(
-        self,
-        linear: Sequence[Affine],
-        discriminator: Discriminator,
-        segments: Sequence[slice],
-        distance_weight: float = 0.0,
-        whitening: Affine | None = None,
-    ) -> None:
+    def __init__(self, linear: Sequence[Affine], discriminator: Discriminator, segments: Sequence[slice]) -> None:
         super().__init__()
         self.parts = len(segments)
         like = discriminator.tail.weight
         affine = _fold([*linear, *(layer for block in discriminator.body for layer in block), discriminator.tail])
         self.depth = len(affine)
-        self.hidden = len(affine[0][0])
-        self.dimension = affine[0][0].shape[1]
-        self.scale = distance_weight / self.dimension**0.5
-        self.whitens = whitening is not None and self.scale > 0
-        if whitening is not None and self.whitens:  # as more rows of the same product
-            weight, bias = _fold([whitening])[0]
-            affine[0] = (torch.cat([affine[0][0], weight]), torch.cat([affine[0][1], bias]))
         for index, (weight, bias) in enumerate(affine):
             columns = segments if index == 0 else [slice(None)]
             for part, segment in enumerate(columns):
@@ -89,16 +75,11 @@ class FusedHead(nn.Module):
 
     def forward(self, pooled: Iterable[torch.Tensor]) -> torch.Tensor:
         """Score what :meth:`PatchAggregation.pool` gives: ``(N, 1, h, w)`` on the first grid, higher for normal."""
-        if self.scale and not self.whitens:
-            pooled = [white] = list(pooled)
         scores = project(pooled, [getattr(self, f"weight_0_{part}") for part in range(self.parts)], self.bias_0)
-        if self.whitens:
-            scores, white = scores[:, : self.hidden], scores[:, self.hidden :]
-        distance = self.scale * white.square().sum(dim=1, keepdim=True).sqrt() if self.scale else 0.0
         for index in range(1, self.depth):
             scores = leaky_relu(scores, Discriminator.NEGATIVE_SLOPE)
             scores = F.conv2d(scores, getattr(self, f"weight_{index}_0"), getattr(self, f"bias_{index}"))
-        return scores - distance
+        return scores
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from anomalib_simplenet.checks import check_number
+
 # Of the mean variance: keeps directions without information from being blown up.
 REGULARISATION = 1e-2
 LOCAL_REGULARISATION = 1e-3
@@ -30,23 +32,31 @@ class Whitening(nn.Module):
     Args:
         dimension (int): Size of a patch embedding.
         local (bool): Whether each position of the grid has a mean and a covariance of its own (Padim, arXiv
-            2011.08785), for parts in a fixed position. Each covariance is shrunk towards the mean of all, the more, the
-            fewer images it was estimated from. Defaults to ``False``.
+            2011.08785). Each covariance is shrunk towards the mean of all, the more, the fewer images it was estimated
+            from. Defaults to ``False``.
+        components (int | None): Principal components of all patches to keep, ``k`` below; ``None`` for all dimensions,
+            as they are. Defaults to ``None``.
 
     Attributes:
-        mean (torch.Tensor): ``(dimension, h, w)``; h and w are 1 where all positions share it.
-        weight (torch.Tensor): A symmetric matrix for each position, row by row, ``(h * w, dimension, dimension)``.
+        projection (torch.Tensor): Principal axes, ``(k, dimension)``; the identity without ``components``.
+        mean (torch.Tensor): Of components, ``(k, h, w)``; h and w are 1 where all positions share it.
+        weight (torch.Tensor): A symmetric matrix for each position, row by row, ``(h * w, k, k)``.
         fitted (torch.Tensor): 1 after :meth:`fit`, else 0. A float, since callbacks that average models average it.
     """
 
-    def __init__(self, dimension: int, local: bool = False) -> None:
+    def __init__(self, dimension: int, local: bool = False, components: int | None = None) -> None:
         super().__init__()
-        self.dimension, self.local = dimension, local
+        if components is not None:
+            hint = "the size of an embedding, or None for all"
+            check_number("components", components, at_least=1, at_most=dimension, integer=True, hint=hint)
+        self.dimension, self.local, self.components = dimension, local, components or dimension
+        self.projection: torch.Tensor
         self.mean: torch.Tensor
         self.weight: torch.Tensor
         self.fitted: torch.Tensor
-        self.register_buffer("mean", torch.zeros(dimension, 1, 1))
-        self.register_buffer("weight", torch.eye(dimension)[None])
+        self.register_buffer("projection", torch.eye(self.components, dimension), persistent=components is not None)
+        self.register_buffer("mean", torch.zeros(self.components, 1, 1))
+        self.register_buffer("weight", torch.eye(self.components)[None])
         self.register_buffer("fitted", torch.tensor(0.0))
         self.register_load_state_dict_pre_hook(_take_sizes)
 
@@ -55,10 +65,10 @@ class Whitening(nn.Module):
         """The same map for all positions, ``None`` if each has its own."""
         if len(self.weight) > 1:
             return None
-        return Affine(self.weight[0], -self.weight[0] @ self.mean.flatten())
+        return Affine(self.weight[0] @ self.projection, -self.weight[0] @ self.mean.flatten())
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Whiten embeddings of shape ``(N, dimension, h, w)``; shape as given.
+        """Whiten embeddings of shape ``(N, dimension, h, w)``: ``(N, k, h, w)``.
 
         Raises:
             ValueError: If positions have statistics of their own, and the grid is not the one they were fitted on.
@@ -73,8 +83,10 @@ class Whitening(nn.Module):
                 "without one, export with --input_size as in training."
             )
             raise ValueError(msg)
+        if self.components < self.dimension:
+            embedding = nn.functional.conv2d(embedding, self.projection[:, :, None, None])
         white = _positions(embedding - self.mean) @ self.weight
-        return white.permute(1, 2, 0).reshape(-1, self.dimension, height, width)
+        return white.permute(1, 2, 0).reshape(-1, self.components, height, width)
 
     def moments(self, embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
         """Moments of patches; those of several sets add up.
@@ -125,8 +137,14 @@ class Whitening(nn.Module):
         means = _positions(mean[None])
         covariance = (products - count * means.mT @ means) / (count - 1)
         _check_variance(covariance, mean)
+        if self.components < dimension:
+            differences = means[:, 0] - means[:, 0].mean(dim=0)  # between the positions
+            total = covariance.mean(dim=0) + differences.mT @ differences / len(differences)
+            axes = torch.linalg.eigh(total).eigenvectors[:, -self.components :].mT
+            mean, covariance = torch.einsum("kd,dhw->khw", axes, mean), axes @ covariance @ axes.mT
+            self.projection.copy_(axes)
         if self.local:
-            covariance.lerp_(covariance.mean(dim=0), dimension / (dimension + 4 * count))
+            covariance.lerp_(covariance.mean(dim=0), self.components / (self.components + 4 * count))
         regularisation = LOCAL_REGULARISATION if self.local else REGULARISATION
         roots = [_inverse_root(chunk, regularisation) for chunk in covariance.split(_CHUNK)]
         self.mean, self.weight = mean.to(self.mean), torch.cat(roots).to(self.weight)

@@ -310,9 +310,10 @@ def test_feature_cache_is_off_or_raises_with_a_reason(
         ({"feature_cache": 0}, "feature_cache is 0, expected"),
         ({"feature_cache_memory": 0}, "feature_cache_memory is 0, expected a finite number above 0 GiB"),
         ({"patch_fraction": 0}, "patch_fraction is 0, expected a finite number above 0 and of at most 1"),
-        ({"distance_weight": -1, "whiten": True}, "distance_weight is -1, expected a finite number of at least 0"),
+        ({"components": 0, "whiten": True}, "components is 0, expected an integer of at least 1 and of at most"),
         ({"top_patches": 0}, "top_patches is 0, expected an integer of at least 1"),
-        ({"distance_weight": 2.4}, "distance_weight is 2.4, .* whiten"),
+        ({"noise": "radial"}, "whiten is False, expected .* noise is radial"),
+        ({"noise": "loud"}, "noise is 'loud', expected 'gaussian'"),
     ],
 )
 def test_simplenet_names_wrong_arguments(arguments: dict, message: str) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMPONENTS = {"pre_processor", "post_processor", "evaluator", "visualizer"}
-EDGE = ["elpv_mono", "elpv_poly", "elpv_synthetic", "magnetic_tile"]
+EDGE = ["elpv_mono", "elpv_poly", "elpv_synthetic", "magnetic_tile", "mvtec_screw", "kolektorsdd"]
 JOBS = {  # file and data set: seeds, models, categories
     **{("edge", data): 5 * 3 for data in EDGE},
     ("mvtecad_visa", "mvtecad"): 3 * 3 * 15,
@@ -129,7 +129,9 @@ def test_paper_config_holds_the_values_of_the_paper() -> None:
         "mix_noise": 1,
         "whiten": False,
         "patch_fraction": 1.0,
-        "distance_weight": 0.0,
+        "noise": "gaussian",
+        "components": None,
+        "normalize_brightness": False,
         "top_patches": 1,
         "averaging": False,
         "margin": 0.5,

@@ -186,8 +186,8 @@ def test_inexact_resize_warns(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("pre_processor", "arguments"),
     [
-        (None, {"whiten": True, "distance_weight": 2.4}),
-        (None, {"whiten": "local"}),
+        (None, {"whiten": True}),
+        (None, {"whiten": "local", "components": 9, "normalize_brightness": True}),
         pytest.param(
             PreProcessor(Compose([NORMALIZE, Resize((64, 64), antialias=True)])),
             {},

@@ -66,13 +66,17 @@ def test_readme_commands_run_in_the_order_they_stand(
         target = tmp_path / config.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(
-            re.sub("num_workers: .*", "num_workers: 0", re.sub("max_epochs: .*", "max_epochs: 1", config.read_text()))
+            re.sub(
+                "num_workers: .*",
+                "num_workers: 0",
+                re.sub("max_(epochs|steps): .*", "max_epochs: 1", config.read_text()),
+            )
         )
     monkeypatch.chdir(tmp_path)
     done = []
     for language, block in blocks():
         if language == "python":
-            short = block.replace("max_epochs=24", "max_epochs=1").replace("seed=0", "seed=0, num_workers=0")
+            short = block.replace("max_steps=1000", "max_epochs=1").replace("seed=0", "seed=0, num_workers=0")
             exec(compile(short, "README.md", "exec"), {})
             done.append(language)
             continue

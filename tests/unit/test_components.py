@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
+from sklearn.decomposition import PCA
 from torch import nn
 
 from anomalib_simplenet.components import (
@@ -15,6 +16,7 @@ from anomalib_simplenet.components import (
     AnomalyMapGenerator,
     Discriminator,
 )
+from anomalib_simplenet.extensions.brightness import MEAN, STD, equalize_brightness
 from anomalib_simplenet.extensions.fused_head import FusedHead
 from anomalib_simplenet.extensions.whitening import Whitening
 from anomalib_simplenet.loss import TruncatedL1Loss
@@ -112,6 +114,45 @@ def test_local_whitening_is_that_of_each_position() -> None:
     assert torch.equal(loaded(maps), white)
     with pytest.raises(ValueError, match="gives 9 x 5 patches, expected 9 x 6"):
         whitening(maps[..., :5])
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_whitening_keeps_the_principal_components_of_all_patches(local: bool) -> None:
+    torch.manual_seed(0)
+    scale = torch.tensor([5.0, 4.0, 3.0, 0.1, 0.1])[:, None, None]
+    turn = torch.linalg.qr(torch.randn(5, 5)).Q
+    embeddings = torch.einsum("ed,ndhw->nehw", turn, scale * torch.randn(400, 5, 2, 3) + torch.arange(6).view(2, 3))
+    whitening = Whitening(5, local, components=3)
+    whitening.fit(whitening.moments(embeddings.split(100)))
+    white = whitening(embeddings)
+    assert white.shape == (400, 3, 2, 3)
+    rows = white.permute(2, 3, 0, 1) if local else white.permute(0, 2, 3, 1).reshape(1, 1, -1, 3)
+    torch.testing.assert_close(rows.mean(dim=2), torch.zeros(*rows.shape[:2], 3), atol=1e-4, rtol=0)
+    covariance = rows.mT @ rows / (rows.shape[2] - 1)
+    torch.testing.assert_close(covariance, torch.eye(3).expand_as(covariance), atol=0.1, rtol=0)
+    # By another library's way: the space of the axes, whatever their order and sign.
+    patches = embeddings.permute(0, 2, 3, 1).reshape(-1, 5).numpy()
+    axes = torch.from_numpy(PCA(3).fit(patches).components_).float()
+    torch.testing.assert_close(whitening.projection.mT @ whitening.projection, axes.mT @ axes, atol=1e-4, rtol=0)
+
+
+def test_brightness_of_images_becomes_that_of_imagenet() -> None:
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    pixels = torch.rand(1, 3, 16, 16)
+    images = (torch.cat([pixels, pixels * 0.3, torch.zeros_like(pixels)]) - mean) / std
+    bright, dim, black = equalize_brightness(images)
+    torch.testing.assert_close(bright, dim)
+    torch.testing.assert_close((bright * std + mean).mean(), mean.mean())
+    assert black.isfinite().all()
+
+
+def test_radial_noise_scales_each_patch_by_up_to_noise_std() -> None:
+    torch.manual_seed(0)
+    patches = torch.randn(1000, 7)
+    factor = AnomalyGenerator(0.5, noise="radial")(patches) / patches
+    torch.testing.assert_close(factor, factor[:, :1].expand_as(factor))
+    assert 1 <= factor.min() < 1.01
+    assert 1.49 < factor.max() <= 1.5
 
 
 def test_local_whitening_shrinks_covariances_of_few_images() -> None:

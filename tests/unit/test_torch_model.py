@@ -48,8 +48,7 @@ def plain_scores(model: SimpleNetModel, images: torch.Tensor) -> torch.Tensor:
     white = whitened(model, images)
     averaged = model.averaged is not None and model.averaged.steps > 0
     adapter, discriminator = model.averaged.module if averaged else (model.adapter, model.discriminator)
-    distance = white.norm(dim=1) / white.shape[1] ** 0.5
-    return (model.distance_weight * distance - discriminator(adapter(white))).reshape(len(images), -1)
+    return -discriminator(adapter(white)).reshape(len(images), -1)
 
 
 CONFIGURATIONS = {
@@ -60,7 +59,9 @@ CONFIGURATIONS = {
     "target_embed_dimension": st.sampled_from([None, 5, 23, 48, 70]),
     "layers": st.sampled_from([("early",), ("early", "late"), ("late", "early")]),
     "whiten": st.sampled_from([False, True, "local"]),
-    "distance_weight": st.sampled_from([0.0, 2.4]),
+    "components": st.sampled_from([None, 4]),
+    "noise": st.sampled_from(["gaussian", "radial"]),
+    "normalize_brightness": st.booleans(),
     "top_patches": st.sampled_from([1, 3, 1000]),
     "averaging": st.booleans(),
 }
@@ -70,7 +71,7 @@ def make_whitened(**arguments: object) -> SimpleNetModel:
     if arguments["discriminator_hidden"] is None and arguments["target_embed_dimension"] == 5:
         arguments["target_embed_dimension"] = 12
     if not arguments["whiten"]:
-        arguments["distance_weight"] = 0.0
+        arguments["noise"] = "gaussian"
     model = make(TwoStages(), **arguments)
     if model.whitening:
         model.whitening.fit(model.whitening.moments([model.embed(torch.randn(4, 3, 32, 48))]))
