@@ -133,7 +133,7 @@ def test_whitening_keeps_the_principal_components_of_all_patches(local: bool) ->
     # By another library's way: the space of the axes, whatever their order and sign.
     patches = embeddings.permute(0, 2, 3, 1).reshape(-1, 5).numpy()
     axes = torch.from_numpy(PCA(3).fit(patches).components_).float()
-    torch.testing.assert_close(whitening.projection.mT @ whitening.projection, axes.mT @ axes, atol=1e-4, rtol=0)
+    torch.testing.assert_close(whitening.projection.mT @ whitening.projection, axes.mT @ axes, atol=1e-3, rtol=0)
 
 
 def test_brightness_of_images_becomes_that_of_imagenet() -> None:
