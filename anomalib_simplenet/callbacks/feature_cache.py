@@ -32,11 +32,9 @@ class FeatureCache(Callback):
     """Keep the feature maps of a frozen backbone in main memory, so that it sees each training image once.
 
     Makes batches of the training data :class:`CachedBatch`, unless there is a reason not to, and fills in their
-    features. Must stand after the pre-processor in the trainer's callbacks.
-
-    Args:
-        mode (bool | str): ``feature_cache`` of ``SimpleNet``. ``True`` trusts code that is not anomalib's.
-        memory (float | None): GiB; ``None`` for half of what is free, shared by the processes of this machine.
+    features. Must stand after the pre-processor in the trainer's callbacks. The arguments are SimpleNet's
+    ``feature_cache``, where ``True`` trusts code that is not anomalib's, and ``feature_cache_memory`` in GiB, where
+    ``None`` is half of what is free, shared by the processes of this machine.
     """
 
     def __init__(self, mode: bool | Literal["auto"] = "auto", memory: float | None = None) -> None:

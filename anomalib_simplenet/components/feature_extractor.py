@@ -185,8 +185,10 @@ class FeatureExtractor(nn.Module):
                 compat.resample_position_embeddings_without_antialias()
                 args.setdefault("dynamic_img_size", True)
                 self.patch_size = probe.feature_info[0]["reduction"]
-            elif size := (self.config["backbone_args"] or {}).get("img_size") or _fixed_size(probe):
+            elif size := (self.config["backbone_args"] or {}).get("img_size"):
                 self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+            elif probe.pretrained_cfg.get("fixed_input_size"):
+                self.image_size = tuple(probe.pretrained_cfg["input_size"][-2:])
             if pre_trained:
                 try:
                     return timm_models.create(backbone, unreachable, pretrained=True, **args)
@@ -213,8 +215,3 @@ class FeatureExtractor(nn.Module):
 def _weights_loaded(extractor: FeatureExtractor, incompatible_keys: Any) -> None:  # noqa: ANN401
     if not incompatible_keys.missing_keys:
         extractor.missing_weights = None
-
-
-def _fixed_size(model: nn.Module) -> Sequence[int] | None:
-    cfg = model.pretrained_cfg
-    return cfg["input_size"][-2:] if cfg.get("fixed_input_size") else None

@@ -47,17 +47,11 @@ def quantize(
 
     The rest is computed in float32. It is a small part of the work, and whitening magnifies rounding errors.
 
-    ``INT8`` quantizes weights, ``INT8_PTQ`` weights and features, ``INT8_ACQ`` these except for operations that cost
-    too much accuracy. The data module's validation images calibrate the latter two.
-
-    Args:
-        model (ov.Model): Model to compress.
-        compression_type (CompressionType): One of these three.
-        head (set[str]): Output of :func:`head_operations`.
-        datamodule (AnomalibDataModule | None): Images. Defaults to ``None``, enough for ``INT8``.
-        metric (Metric | str | None): What ``INT8_ACQ`` measures on test images, higher for better: an anomalib metric,
-            or one of :data:`METRICS` of images. Defaults to ``None``: ``"F1Score"``.
-        max_drop (float): Loss of ``metric`` that ``INT8_ACQ`` accepts, between 0 and 1. Defaults to ``0.01``.
+    ``INT8`` quantizes weights alone. ``INT8_PTQ`` quantizes features, too, calibrated on the data module's validation
+    images. ``INT8_ACQ`` then leaves operations in float32 until ``metric``, higher for better, of its test images loses
+    at most ``max_drop``, from 0 to 1; the metric is anomalib's, or one of :data:`METRICS` of images, by default
+    ``"F1Score"``.
+    ``head`` is what :func:`head_operations` gives.
 
     Raises:
         ValueError: If the data module is missing, ``metric`` is unknown, or ``max_drop`` is out of its range.

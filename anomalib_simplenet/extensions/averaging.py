@@ -13,11 +13,8 @@ class PolynomialAverage(nn.Module):
     Polynomial-decay averaging (Shamir and Zhang, ICML 2013, section 4, with eta = 3). PyTorch's ``AveragedModel`` gives
     the same numbers, but reads its counter in each step, which makes a GPU wait.
 
-    Args:
-        module (nn.Module): Module to average; it is copied.
-
     Attributes:
-        module (nn.Module): The averages.
+        module (nn.Module): The averages, at first a copy of the module given.
         steps (torch.Tensor): Number of averaged steps, scalar.
     """
 

@@ -426,17 +426,18 @@ from tests.integration.conftest import folder_data, tiny_model
 from tests.integration.test_cache import Watch
 
 if __name__ == "__main__":
-    pictures, cache = Path(sys.argv[1]), sys.argv[2] == "cached"
-    seed_everything(5)
-    model = tiny_model(adapter_layers=1, whiten=True, feature_cache=cache)
-    watch = Watch()
-    engine = Engine(
-        callbacks=[watch], max_epochs=4, accelerator="cpu", strategy="ddp", devices=2, limit_val_batches=0,
-        default_root_dir=pictures.parent / sys.argv[2],
-    )
-    engine.fit(model, datamodule=folder_data(pictures, train_batch_size=1))
-    metrics = {"losses": watch.losses, "extracted": sum(watch.extracted)}
-    torch.save(metrics, pictures.parent / f"{sys.argv[2]}{engine.trainer.global_rank}.pt")
+    pictures = Path(sys.argv[1])
+    for kind in ("plain", "cached"):
+        seed_everything(5)
+        model = tiny_model(adapter_layers=1, whiten=True, feature_cache=kind == "cached")
+        watch = Watch()
+        engine = Engine(
+            callbacks=[watch], max_epochs=4, accelerator="cpu", strategy="ddp", devices=2, limit_val_batches=0,
+            default_root_dir=pictures.parent / kind,
+        )
+        engine.fit(model, datamodule=folder_data(pictures, train_batch_size=1))
+        metrics = {"losses": watch.losses, "extracted": sum(watch.extracted)}
+        torch.save(metrics, pictures.parent / f"{kind}{engine.trainer.global_rank}.pt")
 """
 
 
@@ -444,12 +445,10 @@ def test_feature_cache_trains_two_processes_as_without_cache(pictures: Path, tmp
     script = tmp_path / "two_processes.py"
     script.write_text(TWO_PROCESSES)
     root = Path(__file__).parents[2]
-    for kind in ("plain", "cached"):
-        command = [sys.executable, str(script), str(pictures), kind]
-        process = subprocess.run(
-            command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
-        )
-        assert process.returncode == 0, process.stderr[-3000:]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(script), str(pictures)]
+    process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
     for rank in (0, 1):
         plain, cached = (torch.load(tmp_path / f"{kind}{rank}.pt") for kind in ("plain", "cached"))
         assert len(plain["losses"]) == 12

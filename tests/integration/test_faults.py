@@ -261,7 +261,7 @@ class Tensors(Dataset):
 
 @pytest.mark.parametrize("pixel", [float("nan"), float("inf")])
 def test_pixels_that_are_not_finite_are_refused(pictures: Path, pixel: float) -> None:
-    loader = DataLoader(Tensors(pixel), 3, collate_fn=Tensors.collate)
+    loader = DataLoader(Tensors(pixel), batch_size=3, collate_fn=Tensors.collate)
     engine = Engine(max_epochs=2, accelerator="cpu", default_root_dir=pictures.parent / "results", limit_val_batches=0)
     with pytest.raises(ValueError, match="Of camera1 pixels are NaN or infinite"):
         engine.predict(tiny_model(), dataloaders=loader)
