@@ -44,6 +44,8 @@ TABLE = RESULTS / "accuracy.csv"
 EDGE = "configs/model/simplenet_edge.yaml"
 LAYERS = ["blocks.2", "blocks.4"]  # strides 8 and 16, as the paper's layer2 and layer3
 SIZE = (256, 256)
+# Other backbones, for SimpleNet and distances alone: their layers, and the size of images.
+OTHERS: dict[str, tuple[list[str], tuple[int, int]]] = {"dinov2_vits14": (["blocks.5", "blocks.8"], (448, 448))}
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 
 
@@ -61,17 +63,34 @@ def distance_alone(whiten: bool | str, **arguments: Any) -> SimpleNet:  # noqa: 
     return made
 
 
+# The edge preset, with one of the paper's choices, or with one of its own left out.
+ABLATIONS = {
+    "3 x 3 patches": {"patch_size": 3},
+    "1,536 channels": {"patch_size": 3, "pretrain_embed_dimension": 1536, "target_embed_dimension": 1536},
+    "adapter": {"adapter_layers": 1},
+    "Gaussian noise": {"noise": "gaussian"},
+    "one covariance": {"whiten": True},
+    "no whitening": {"whiten": False, "components": None, "noise": "gaussian", "noise_std": 0.015},
+    "brightness as it is": {"normalize_brightness": False},
+    "highest patch": {"top_patches": 1},
+    "last weights": {"averaging": False},
+    "grid of 32 x 32": {"layers": LAYERS, "top_patches": 6},
+}
+
+
 def patchcore(ratio: float, **arguments: Any) -> AnomalibModule:  # noqa: ANN401
     return Patchcore(layers=LAYERS, coreset_sampling_ratio=ratio, **arguments)
 
 
+LIMITS = yaml.safe_load(Path(EDGE).read_text())["trainer"]
 # What to build, and how long to train it.
 MODELS: dict[str, tuple[Callable[..., AnomalibModule], dict[str, int]]] = {
-    "SimpleNet": (partial(simplenet, "edge"), yaml.safe_load(Path(EDGE).read_text())["trainer"]),
+    "SimpleNet": (partial(simplenet, "edge"), LIMITS),
     "distance, of each position": (partial(distance_alone, "local"), {"max_steps": 1}),
     "distance, of all positions": (partial(distance_alone, True), {"max_steps": 1}),
     # An epoch of the paper's takes minutes here: so an eighth of the patches, and 24 epochs instead of 160.
     "SimpleNet, paper": (partial(simplenet, "paper", layers=LAYERS, patch_fraction=0.125), {"max_epochs": 24}),
+    **{f"SimpleNet, {name}": (partial(simplenet, "edge", **change), LIMITS) for name, change in ABLATIONS.items()},
     "Patchcore, 1 %": (partial(patchcore, 0.01), {"max_epochs": 1}),
     "Patchcore, 0.5 %": (partial(patchcore, 0.005), {"max_epochs": 1}),
     "Padim": (partial(Padim, layers=LAYERS, n_features=100), {"max_epochs": 1}),
@@ -79,13 +98,14 @@ MODELS: dict[str, tuple[Callable[..., AnomalibModule], dict[str, int]]] = {
     "Supersimplenet": (partial(Supersimplenet, layers=LAYERS), {"max_epochs": 6}),
     "Glass": (partial(Glass, layers=LAYERS, input_shape=SIZE), {"max_epochs": 6}),
 }
+USUAL = ["SimpleNet", "distance, of each position", "distance, of all positions", "Padim"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prepare", action="store_true", help="make the folders under datasets/, do not train")
     parser.add_argument("--data", nargs="+", default=["elpv_mono"], help="data_sets of configs/benchmark/edge.yaml")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=USUAL, metavar="MODEL")
     parser.add_argument("--backbones", nargs="+", default=["efficientnet_lite0"], help="folders of datasets/")
     parser.add_argument("--images", nargs="+", type=int, help="train on so many images, drawn with the seed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
@@ -120,9 +140,11 @@ def run(data: str, backbone: str, model: str, images: int | None, seed: int) -> 
         folder.train_data.samples = folder.train_data.samples.sample(images, random_state=seed).reset_index(drop=True)
         folder.setup = lambda *_, **__: None  # type: ignore[method-assign]
     seed_everything(seed, verbose=False)
+    layers, size = OTHERS.get(backbone, (None, SIZE))
     made = make(
+        **({"layers": layers} if layers else {}),
         backbone=f"local-dir:datasets/{backbone}",
-        pre_processor=Padim.configure_pre_processor(SIZE),  # anomalib's usual one
+        pre_processor=Padim.configure_pre_processor(size),  # anomalib's usual one
         post_processor=PostProcessor(enable_normalization=False, enable_thresholding=False),
         evaluator=False,
         visualizer=False,
