@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from sklearn.decomposition import PCA
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from anomalib_simplenet.components import (
@@ -153,6 +154,30 @@ def test_radial_noise_scales_each_patch_by_up_to_noise_std() -> None:
     torch.testing.assert_close(factor, factor[:, :1].expand_as(factor))
     assert 1 <= factor.min() < 1.01
     assert 1.49 < factor.max() <= 1.5
+
+
+def test_discriminator_tells_more_than_the_distance_where_normal_patches_are_not_gaussian() -> None:
+    torch.manual_seed(0)
+    heavy_tails = torch.distributions.StudentT(3.0).sample((4000, 4)) / 3**0.5
+    limited = (2 * torch.rand(4000, 4) - 1) * 3**0.5  # up to 1.73
+    patches = torch.cat([heavy_tails, limited], dim=1)  # whitened: mean 0, covariance 1
+    discriminator, generator, loss = (
+        Discriminator(8, hidden=64),
+        AnomalyGenerator(1.0, noise="radial"),
+        TruncatedL1Loss(),
+    )
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=3e-3)
+    for _ in range(200):
+        real = patches[torch.randint(2000, (256,))]
+        scores = discriminator(torch.cat([real, generator(real)])).chunk(2)
+        optimizer.zero_grad()
+        loss(*scores).backward()
+        optimizer.step()
+    unseen = patches[2000:]
+    defective = torch.cat([unseen[:, :-1], unseen[:, -1:].sign() * 2.5], dim=1)
+    labels, both = [0] * len(unseen) + [1] * len(defective), torch.cat([unseen, defective])
+    scores = -discriminator.eval()(both).detach()
+    assert roc_auc_score(labels, scores) > roc_auc_score(labels, both.norm(dim=1)) + 0.05
 
 
 def test_local_whitening_shrinks_covariances_of_few_images() -> None:
