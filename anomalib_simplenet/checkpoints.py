@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 2
 ARCHITECTURE = {name: parameter.default for name, parameter in signature(SimpleNetModel).parameters.items()}
 _NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise", "noise", "patch_fraction"}
-_INFERENCE = {"top_patches"}
+INFERENCE = {"top_patches"}
 _DEFAULT_SENSITIVITY = 0.5
 
 
@@ -52,7 +52,7 @@ def differing(
         saved = {**saved, "backbone": None}
     found = {}
     for name in ARCHITECTURE.keys() - _NOT_IN_WEIGHTS:
-        requested = name in _INFERENCE and own[name] != ARCHITECTURE[name]
+        requested = name in INFERENCE and own[name] != ARCHITECTURE[name]
         if _comparable(saved[name]) != _comparable(own[name]) and not requested:
             found[name] = saved[name]
     if found and None in {saved["backbone"], own["backbone"]}:

@@ -10,6 +10,7 @@ def check_number(
     value: Any,  # noqa: ANN401
     *,
     above: float | None = None,
+    below: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
     integer: bool = False,
@@ -30,9 +31,10 @@ def check_number(
     """
     is_number = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
     lowest, highest = -math.inf if at_least is None else at_least, math.inf if at_most is None else at_most
-    if is_number and abs(value) < math.inf and lowest <= value <= highest and (above is None or value > above):
+    lower, upper = -math.inf if above is None else above, math.inf if below is None else below
+    if is_number and lowest <= value <= highest and lower < value < upper:
         return
-    bounds = [("above", above), ("of at least", at_least), ("of at most", at_most)]
+    bounds = [("above", above), ("below", below), ("of at least", at_least), ("of at most", at_most)]
     limits = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
     expected = " ".join(filter(None, ["an integer" if integer else "a finite number", limits, hint]))
     msg = f"{name} is {value!r}, expected {expected}."

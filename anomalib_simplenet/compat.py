@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -16,8 +19,11 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
+from wrapt import register_post_import_hook, wrap_function_wrapper
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import openvino as ov
 
 
@@ -151,3 +157,39 @@ def mark_precise(node: ov.Node) -> None:
     Python name. The public ``INFERENCE_PRECISION_HINT`` is the user's to set and cannot be saved in a model.
     """
     node.get_rt_info()["precise_0"] = ""
+
+
+def pass_requests_to_export() -> None:
+    """Have ``Engine.export``, and so ``anomalib export``, load checkpoints by a model's ``as_requested``, if any.
+
+    anomalib builds the model anew from its class and the checkpoint, and drops the arguments that the user gave it.
+    """
+
+    def export(wrapped: Callable[..., Any], _engine: Any, args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        call = signature(wrapped).bind(*args, **kwargs)
+        model, path = call.arguments["model"], call.arguments.get("ckpt_path")
+        if path and hasattr(model, "as_requested"):
+            call.arguments.update(model=model.as_requested(Path(path).resolve()), ckpt_path=None)
+        return wrapped(*call.args, **call.kwargs)
+
+    def patch(module: ModuleType) -> None:
+        wrap_function_wrapper(module, "Engine.export", export)
+
+    register_post_import_hook(patch, "anomalib.engine.engine")
+
+
+def add_batch_field(name: str) -> None:
+    """Add an optional field to anomalib's batches of images and their items.
+
+    They take no field that they do not know: ``OpenVINOInferencer`` and ``TorchInferencer`` fail on an exported model
+    with an output of another name, and ``Batch.update`` ignores it.
+    """
+    from anomalib.data import ImageBatch, ImageItem, NumpyImageBatch, NumpyImageItem
+
+    for kind in (ImageItem, ImageBatch, NumpyImageItem, NumpyImageBatch):
+        if name not in kind.__dataclass_fields__:
+            kind.__annotations__[name] = Any
+            setattr(kind, name, None)
+            for method in ("__init__", "__repr__", "__eq__"):
+                delattr(kind, method)  # dataclass keeps what is there
+            dataclass(kind)

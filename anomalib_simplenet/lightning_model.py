@@ -8,7 +8,6 @@ from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Trainer
@@ -17,9 +16,11 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
+from .calibration import calibrated
 from .callbacks.feature_cache import FeatureCache
 from .callbacks.feature_store import CachedBatch
 from .callbacks.final_validation import FinalValidation
+from .callbacks.hold_out import HoldOut
 from .callbacks.predictions import Predictions
 from .callbacks.report import Report
 from .callbacks.resume import Resume
@@ -61,9 +62,11 @@ class SimpleNet(ExactExport, AnomalibModule):
             ``"auto"``.
         feature_cache_memory (float | None): GiB that the maps may take; ``None`` for half of what is free.
             Defaults to ``None``.
+        false_alarm_rate (float | None): Share of normal images to label defective, at most, between 0 and 1: thresholds
+            come from normal validation images alone. Defaults to ``None``: the checkpoint's, or those of best F1 score.
         pre_processor (nn.Module | bool): Applied to images first. Defaults to ``True``: resize to 288 x 288, normalise.
         post_processor (nn.Module | bool): Applied to predictions last. Defaults to ``True``: normalise scores,
-            threshold image scores and anomaly maps, each with its own threshold.
+            threshold image scores and anomaly maps, each with its own threshold, add p-values.
         evaluator (Evaluator | bool): Metrics. Defaults to ``True``: anomalib's, AUROC and F1 of images and pixels.
         visualizer (Visualizer | bool): Pictures of results. Defaults to ``True``: five panels an image.
         report (bool): Whether to write ``predictions.csv`` and, after a test, ``report.html``. Defaults to ``True``.
@@ -90,6 +93,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         discriminator_weight_decay: float = 1e-5,
         feature_cache: bool | Literal["auto"] = "auto",
         feature_cache_memory: float | None = None,
+        false_alarm_rate: float | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -98,6 +102,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         **architecture: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.post_processor = calibrated(self.post_processor, false_alarm_rate)
         if evaluator is True and not getattr(self.post_processor, "enable_thresholding", False):
             for metric in self.evaluator.test_metrics:  # there are no labels to judge
                 metric.strict = False
@@ -251,7 +256,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         callbacks, which Lightning calls last, so that thresholds are saved with the weights.
         """
         components = super().configure_callbacks()
-        training = [UnreadableImages(), Resume(), self.feature_cache, WhiteningPass(), FinalValidation()]
+        training = [HoldOut(), UnreadableImages(), Resume(), self.feature_cache, WhiteningPass(), FinalValidation()]
         return [*components, *training, *([Predictions(), Report()] if self.report else [])]
 
     @property
@@ -287,10 +292,6 @@ class SimpleNet(ExactExport, AnomalibModule):
             transforms.append(CenterCrop(center_crop_size))
         transforms.append(Normalize(mean=MEAN, std=STD))
         return PreProcessor(transform=Compose(transforms))
-
-    def configure_post_processor(self) -> PostProcessor:
-        """Make the default post-processor: separate thresholds of image scores and anomaly maps."""
-        return PostProcessor()
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:

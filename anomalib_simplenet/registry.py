@@ -35,6 +35,7 @@ def autoload() -> None:
         from wrapt import register_post_import_hook
 
         register_post_import_hook(_import_model, "anomalib.models.image")
+        register_post_import_hook(_extend_batches, "anomalib.deploy.inferencers")
     except Exception as error:  # noqa: BLE001
         _warn_unregistered(error)
 
@@ -56,6 +57,11 @@ def _import_model(_module: ModuleType) -> None:
         import_module("anomalib_simplenet.lightning_model")
     except Exception as error:  # noqa: BLE001  # anomalib must stay usable without us
         _warn_unregistered(error)
+
+
+def _extend_batches(_module: ModuleType) -> None:
+    """Let anomalib's inferencers take our exports' p-values, where no model is imported."""
+    import_module("anomalib_simplenet.compat").add_batch_field("p_value")
 
 
 def _warn_unregistered(error: Exception) -> None:

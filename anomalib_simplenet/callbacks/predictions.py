@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 COLUMNS = (
     "image_path",
     "pred_score",
+    "p_value",
     "pred_label",
     "gt_label",
     "image_threshold",
@@ -34,8 +35,9 @@ class Predictions(Callback):
     """Writes ``predictions.csv`` while a model is tested or predicts.
 
     The table goes to the trainer's ``default_root_dir``; if one is there, to ``predictions-1.csv`` and so on. Each
-    image has a row with the columns :data:`COLUMNS`: ``gt_label`` is empty when predicting, the thresholds are on the
-    scale of the scores, and ``checkpoint`` is empty where the weights were in memory. Rows are written batch by batch.
+    image has a row with the columns :data:`COLUMNS`: ``p_value`` is empty where validation had no normal images,
+    ``gt_label`` when predicting, and ``checkpoint`` where the weights were in memory; the thresholds are on the scale
+    of the scores. Rows are written batch by batch.
 
     With several processes each writes the images that Lightning assigns to it, some of them twice in a test, to a table
     of its own: ``predictions-rank0.csv``, ``predictions-rank1.csv``, ... Test and predict on one device for one table.
@@ -67,9 +69,11 @@ class Predictions(Callback):
         scores = outputs.pred_score.flatten().tolist()
         unknown = [None] * len(scores)
         labels = unknown if outputs.pred_label is None else outputs.pred_label.int().flatten().tolist()
+        p_value = getattr(outputs, "p_value", None)
+        p_values = unknown if p_value is None else p_value.tolist()
         truth = unknown if outputs.gt_label is None else outputs.gt_label.int().flatten().tolist()
         same = [threshold(pl_module, "image"), threshold(pl_module, "pixel"), pl_module.name, trainer.ckpt_path]
-        rows = zip(outputs.image_path or unknown, scores, labels, truth, strict=True)
+        rows = zip(outputs.image_path or unknown, scores, p_values, labels, truth, strict=True)
         self._writer.writerows([*row, *same] for row in rows)
         self._file.flush()
 

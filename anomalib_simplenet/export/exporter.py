@@ -12,6 +12,10 @@ from anomalib.deploy import CompressionType
 from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.pre_processing import PreProcessor
 
+from anomalib_simplenet.calibration import CalibratedBatch, CalibratedPostProcessor
+from anomalib_simplenet.checkpoints import ARCHITECTURE, INFERENCE
+from anomalib_simplenet.compat import pass_requests_to_export
+
 from .openvino import keep_float32, prepend_resize
 from .quantization import head_operations, quantize
 from .transforms import check_exportable, exportable_transform, split_resize
@@ -25,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 ONE_FILE = 1.9 * 2**30  # protobuf, and so an ONNX file without external data, ends at 2 GiB
 DEFAULT_ROOT = Path("results")  # Engine's default_root_dir, which Engine.export passes where the user gives no root
+
+pass_requests_to_export()
 
 
 class ExactExport(ExportMixin):
@@ -41,7 +47,16 @@ class ExactExport(ExportMixin):
         model.checkpoint_path = Path(checkpoint_path)
         return model
 
-    def forward(self, batch: torch.Tensor, *_args, **_kwargs) -> InferenceBatch:
+    def as_requested(self, checkpoint_path: Path | str) -> ExactExport:
+        """Load a checkpoint with the settings of inference that this model was built with, rate and sensitivities.
+
+        ``Engine.export`` builds a model anew, from the class and the checkpoint alone.
+        """
+        given = {name: self.hparams.get(name, ARCHITECTURE[name]) for name in INFERENCE}
+        requested = {name: value for name, value in given.items() if value != ARCHITECTURE[name]}
+        return type(self).load_from_checkpoint(checkpoint_path, post_processor=self.post_processor, **requested)
+
+    def forward(self, batch: torch.Tensor, *_args, **_kwargs) -> InferenceBatch | CalibratedBatch:
         """Pre-process, score and post-process images ``(N, 3, H, W)`` between 0 and 1, eagerly or in an exported graph.
 
         Uses the present transform of the pre-processor; anomalib's ``export_transform`` lacks the antialiasing.
@@ -51,7 +66,13 @@ class ExactExport(ExportMixin):
         return self.post_processor(predictions) if self.post_processor else predictions
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export as anomalib does. Without a folder from the user, exports are written beside the checkpoint."""
+        """Export as anomalib does. Without a folder from the user, exports are written beside the checkpoint.
+
+        Raises:
+            ValueError: If the post-processor cannot keep its rate of false alarms.
+        """
+        if isinstance(self.post_processor, CalibratedPostProcessor):
+            self.post_processor.check_rate()
         return super().to_torch(self._export_root(export_root, "torch", f"{model_file_name}.pt"), model_file_name)
 
     def to_onnx(
