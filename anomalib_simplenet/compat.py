@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,10 +160,12 @@ def mark_precise(node: ov.Node) -> None:
     node.get_rt_info()["precise_0"] = ""
 
 
+@cache
 def pass_requests_to_export() -> None:
     """Have ``Engine.export``, and so ``anomalib export``, load checkpoints by a model's ``as_requested``, if any.
 
-    anomalib builds the model anew from its class and the checkpoint, and drops the arguments that the user gave it.
+    anomalib builds the model anew from its class and the checkpoint, and drops the arguments that the user gave it. Not to
+    be called while anomalib is being imported.
     """
 
     def export(wrapped: Callable[..., Any], _engine: Any, args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ANN401

@@ -28,7 +28,7 @@ from .callbacks.unreadable_images import UnreadableImages
 from .callbacks.whitening import WhiteningPass
 from .checkpoints import ARCHITECTURE, FORMAT, differing, keep_sensitivities, portable
 from .checks import check_number
-from .compat import attach_trainer
+from .compat import attach_trainer, pass_requests_to_export
 from .export.exporter import ExactExport
 from .extensions.brightness import MEAN, STD, normalizes_as_imagenet
 from .loss import TruncatedL1Loss
@@ -101,6 +101,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         report: bool = True,
         **architecture: Any,  # noqa: ANN401
     ) -> None:
+        pass_requests_to_export()
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.post_processor = calibrated(self.post_processor, false_alarm_rate)
         if evaluator is True and not getattr(self.post_processor, "enable_thresholding", False):

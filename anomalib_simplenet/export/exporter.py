@@ -14,9 +14,8 @@ from anomalib.pre_processing import PreProcessor
 
 from anomalib_simplenet.calibration import CalibratedBatch, CalibratedPostProcessor
 from anomalib_simplenet.checkpoints import ARCHITECTURE, INFERENCE
-from anomalib_simplenet.compat import pass_requests_to_export
 
-from .openvino import keep_float32, prepend_resize
+from .openvino import keep_float32, keep_tables, prepend_resize
 from .quantization import head_operations, quantize
 from .transforms import check_exportable, exportable_transform, split_resize
 
@@ -29,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 ONE_FILE = 1.9 * 2**30  # protobuf, and so an ONNX file without external data, ends at 2 GiB
 DEFAULT_ROOT = Path("results")  # Engine's default_root_dir, which Engine.export passes where the user gives no root
-
-pass_requests_to_export()
 
 
 class ExactExport(ExportMixin):
@@ -132,6 +129,7 @@ class ExactExport(ExportMixin):
                 self.pre_processor = pre_processor
             model = ov.convert_model(onnx, **(ov_kwargs or {}))
             head = head_operations(onnx)
+        keep_tables(model)
         if resized:
             model = prepend_resize(model, input_size)
         if compression_type not in {None, CompressionType.FP16}:

@@ -30,6 +30,15 @@ def prepend_resize(model: ov.Model, input_size: tuple[int, int] | None) -> ov.Mo
     return processor.build()
 
 
+def keep_tables(model: ov.Model) -> None:
+    """Keep constants that numbers are compared with, such as the scores for p-values, from being rounded to FP16."""
+    for node in model.get_ops():
+        if node.get_type_name() in {"GreaterEqual", "LessEqual"}:
+            for value in node.input_values():
+                if value.get_node().get_type_name() == "Constant":
+                    mark_precise(value.get_node())
+
+
 def keep_float32(model: ov.Model) -> None:
     """Mark all operations as sensitive to precision.
 
