@@ -18,7 +18,6 @@ from .compat import add_batch_field
 logger = logging.getLogger(__name__)
 
 LARGEST_TABLE = 10_000
-_ABOVE_HALF = 0.5 + 2**-24  # the next number in single precision
 
 add_batch_field("p_value")
 
@@ -101,42 +100,26 @@ class CalibratedPostProcessor(PostProcessor):
         values = torch.tensor(list(self._normal.values())).reshape(-1, 2)
         self.calibration_scores, self.calibration_peaks = (_table(column) for column in values.T)
         self._normal = {}
-        if self.false_alarm_rate is not None and trainer.is_global_zero:
-            try:
-                logger.info(guarantee(self.false_alarm_rate, len(self.calibration_scores)))
-            except ValueError as error:  # the checkpoint is not saved yet: testing and predicting will refuse
-                logger.error(error)  # noqa: TRY400
+        if self.false_alarm_rate is None or not trainer.is_global_zero:
+            return
+        table = self.calibration_scores
+        if len(table) > 1 and table[0] == table[-1]:
+            logger.warning("All %d normal validation images score %g: check them, or train anew.", len(table), table[0])
+        try:
+            logger.info(guarantee(self.false_alarm_rate, len(table)))
+        except ValueError as error:  # the checkpoint is not saved yet: testing and predicting will refuse
+            logger.error(error)  # noqa: TRY400
 
     def forward(self, predictions: InferenceBatch) -> InferenceBatch | CalibratedBatch:
-        """Normalise and label predictions, exactly as the raw threshold does, and add p-values where there is a table.
-
-        anomalib's arithmetic rounds scores just above the threshold to 0.5.
-        """
+        """Normalise and label predictions, and add p-values where there is a table."""
         self.check_rate()
-        processed = super().forward(predictions)
-        raw = predictions.pred_score
-        if raw is None:
-            return processed
-        if self.enable_normalization:
-            score = processed.pred_score
-            sides = score.clamp(min=_ABOVE_HALF), score.clamp(max=0.5)
-            score = torch.where(raw > self.image_threshold, *sides)
-            label = score > self.normalized_image_threshold if self.enable_thresholding else None
-            processed = processed._replace(pred_score=score, pred_label=label)
-        p_value = self.p_value(raw)
+        processed, p_value = super().forward(predictions), self.p_value(predictions.pred_score)
         return processed if p_value is None else CalibratedBatch(**processed._asdict(), p_value=p_value)
 
     def post_process_batch(self, batch: Batch) -> None:
         """Do to a batch what :meth:`forward` does to predictions."""
         predictions = InferenceBatch(pred_score=batch.pred_score, anomaly_map=batch.anomaly_map)
         batch.update(**self(predictions)._asdict())
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a rate that cannot be kept, before any image."""
-        del trainer, pl_module
-        self.check_rate()
-
-    on_predict_start = on_test_start
 
     def check_rate(self, count: int | None = None) -> None:
         """Refuse a rate that cannot be kept.

@@ -164,7 +164,7 @@ def mark_precise(node: ov.Node) -> None:
 def pass_requests_to_export() -> None:
     """Have ``Engine.export``, and so ``anomalib export``, load checkpoints by a model's ``as_requested``, if any.
 
-    anomalib builds the model anew from its class and the checkpoint, and drops the arguments that the user gave it. Not to
+    anomalib builds the model anew from its class and the checkpoint, without the arguments that the user gave. Not to
     be called while anomalib is being imported.
     """
 

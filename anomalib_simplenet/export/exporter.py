@@ -15,7 +15,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib_simplenet.calibration import CalibratedBatch, CalibratedPostProcessor
 from anomalib_simplenet.checkpoints import ARCHITECTURE, INFERENCE
 
-from .openvino import keep_float32, keep_tables, prepend_resize
+from .openvino import keep_float32, keep_thresholds, prepend_resize
 from .quantization import head_operations, quantize
 from .transforms import check_exportable, exportable_transform, split_resize
 
@@ -49,9 +49,10 @@ class ExactExport(ExportMixin):
 
         ``Engine.export`` builds a model anew, from the class and the checkpoint alone.
         """
-        given = {name: self.hparams.get(name, ARCHITECTURE[name]) for name in INFERENCE}
-        requested = {name: value for name, value in given.items() if value != ARCHITECTURE[name]}
-        return type(self).load_from_checkpoint(checkpoint_path, post_processor=self.post_processor, **requested)
+        names = [name for name in INFERENCE if self.hparams.get(name, ARCHITECTURE[name]) != ARCHITECTURE[name]]
+        requested = {name: self.hparams[name] for name in [*names, "false_alarm_rate"]}
+        processor = self.post_processor or False
+        return type(self).load_from_checkpoint(checkpoint_path, post_processor=processor, **requested)
 
     def forward(self, batch: torch.Tensor, *_args, **_kwargs) -> InferenceBatch | CalibratedBatch:
         """Pre-process, score and post-process images ``(N, 3, H, W)`` between 0 and 1, eagerly or in an exported graph.
@@ -129,7 +130,7 @@ class ExactExport(ExportMixin):
                 self.pre_processor = pre_processor
             model = ov.convert_model(onnx, **(ov_kwargs or {}))
             head = head_operations(onnx)
-        keep_tables(model)
+        keep_thresholds(model)
         if resized:
             model = prepend_resize(model, input_size)
         if compression_type not in {None, CompressionType.FP16}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from anomalib_simplenet.compat import mark_precise
@@ -30,13 +31,14 @@ def prepend_resize(model: ov.Model, input_size: tuple[int, int] | None) -> ov.Mo
     return processor.build()
 
 
-def keep_tables(model: ov.Model) -> None:
-    """Keep constants that numbers are compared with, such as the scores for p-values, from being rounded to FP16."""
+def keep_thresholds(model: ov.Model) -> None:
+    """Keep single numbers, such as thresholds, and the table for p-values from being rounded to FP16."""
     for node in model.get_ops():
-        if node.get_type_name() in {"GreaterEqual", "LessEqual"}:
-            for value in node.input_values():
-                if value.get_node().get_type_name() == "Constant":
-                    mark_precise(value.get_node())
+        if node.get_type_name() == "Constant":
+            output = node.output(0)
+            users = {each.get_node().get_type_name() for each in output.get_target_inputs()}
+            if prod(output.get_shape()) == 1 or users & {"GreaterEqual", "LessEqual"}:
+                mark_precise(node)
 
 
 def keep_float32(model: ov.Model) -> None:
