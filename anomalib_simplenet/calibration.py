@@ -9,6 +9,7 @@ import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from scipy.special import betaincinv
 from torch import nn
 
@@ -106,7 +107,7 @@ class CalibratedPostProcessor(PostProcessor):
         if len(table) > 1 and table[0] == table[-1]:
             logger.warning("All %d normal validation images score %g: check them, or train anew.", len(table), table[0])
         try:
-            logger.info(guarantee(self.false_alarm_rate, len(table)))
+            rank_zero_info(guarantee(self.false_alarm_rate, len(table)))
         except ValueError as error:  # the checkpoint is not saved yet: testing and predicting will refuse
             logger.error(error)  # noqa: TRY400
 
@@ -175,7 +176,7 @@ def calibrated(processor: nn.Module | None, rate: float | None) -> nn.Module | N
     Raises:
         ValueError: If the rate is not between 0 and 1, or the post-processor is another one.
     """
-    if isinstance(processor, PostProcessor) and type(processor) is PostProcessor:
+    if type(processor) is PostProcessor:
         processor = CalibratedPostProcessor(**processor.checkpoint_config())
     if rate is None:
         return processor

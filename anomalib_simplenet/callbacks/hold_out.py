@@ -1,17 +1,14 @@
 """Normal images for the thresholds, held out of training where validation has none."""
 
-import logging
-
 import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from anomalib_simplenet.calibration import needed_images
 
 from .resume import resumes
-
-logger = logging.getLogger(__name__)
 
 SHARE = 5  # one image in so many
 
@@ -74,4 +71,4 @@ class HoldOut(Callback):
         data.train_data = data.train_data.subsample(sorted(order[held:]))
         data.val_data = held_out if validation is None else validation + held_out
         data.setup(trainer.state.fn)  # gives them the augmentations of validation
-        logger.info("No validation image is normal: %d of %d training images validate and do not train.", held, count)
+        rank_zero_info(f"No validation image is normal: {held} of {count} training images validate and do not train.")

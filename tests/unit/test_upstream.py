@@ -11,10 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from anomalib_simplenet.compat import (
+    add_batch_field,
     attach_trainer,
     batch_to_device,
     clone_dataloader,
     data_loops,
+    pass_requests_to_export,
     release_workers,
     run_validation,
     wrap_dataloaders,
@@ -183,3 +185,30 @@ def test_batch_to_device_calls_the_transfer_hooks() -> None:
     trainer.fit(model, DataLoader([0], batch_size=1))
     moved = batch_to_device(trainer, torch.tensor([1]))
     assert moved.tolist() == [101], "Lightning's LightningModule._on_before_batch_transfer no longer calls the hook"
+
+
+def test_add_batch_field_is_taken_by_batches_and_by_their_items() -> None:
+    import numpy as np
+    from anomalib.data import ImageBatch, NumpyImageBatch
+
+    add_batch_field("p_value")
+    changed = "anomalib's batches take their fields from elsewhere than __dataclass_fields__ or dataclass's methods"
+    for kind, new, other in ((ImageBatch, torch.zeros, torch.ones), (NumpyImageBatch, np.zeros, np.ones)):
+        batch = kind(image=new((2, 3, 4, 4)) if kind is ImageBatch else new((2, 4, 4, 3)), p_value=other(2))
+        assert [item.p_value for item in batch.items] == [1, 1], changed
+        assert batch.update(p_value=new(2)).p_value.sum() == 0, changed
+        assert kind(image=batch.image).p_value is None, changed
+
+
+def test_pass_requests_to_export_loads_the_checkpoint_by_the_model() -> None:
+    from anomalib.engine import Engine
+
+    class Asked:
+        def as_requested(self, path: object) -> object:
+            raise FileNotFoundError(path)
+
+    pass_requests_to_export()
+    changed = "Engine.export of anomalib was renamed, or its arguments model and ckpt_path"
+    assert {"model", "ckpt_path"} <= set(signature(Engine.export).parameters), changed
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Engine(logger=False).export(Asked(), "torch", ckpt_path="nowhere.ckpt")
