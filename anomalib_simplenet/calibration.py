@@ -176,7 +176,7 @@ def calibrated(processor: nn.Module | None, rate: float | None) -> nn.Module | N
     Raises:
         ValueError: If the rate is not between 0 and 1, or the post-processor is another one.
     """
-    if type(processor) is PostProcessor:
+    if isinstance(processor, PostProcessor) and type(processor) is PostProcessor:
         processor = CalibratedPostProcessor(**processor.checkpoint_config())
     if rate is None:
         return processor

@@ -24,6 +24,7 @@ PRESETS = Path(__file__).parent / "configs"
 DATASETS = Path("datasets")
 MODEL = Path("configs/model/simplenet_edge.yaml")
 DATA = Path("configs/data/elpv.yaml")
+RATE = 0.05  # of false alarms
 
 
 def main() -> None:
@@ -123,11 +124,15 @@ def run() -> None:
     from anomalib.deploy import OpenVINOInferencer
     from lightning import seed_everything
 
+    from .calibration import guarantee
+
     print("\n== Training and testing: anomalib train", flush=True)
     seed_everything(0, verbose=False)  # anomalib 2.7 reads --seed_everything but does not act on it
-    engine = AnomalibCLI(["train", "--config", str(MODEL), "--data", str(DATA)]).engine
-    checkpoint = Path(engine.trainer.checkpoint_callback.best_model_path)
-    auroc = float(engine.trainer.callback_metrics["image_AUROC"])
+    rate = ["--model.init_args.false_alarm_rate", str(RATE)]
+    cli = AnomalibCLI(["train", "--config", str(MODEL), *rate, "--data", str(DATA)])
+    checkpoint = Path(cli.engine.trainer.checkpoint_callback.best_model_path)
+    auroc = float(cli.engine.trainer.callback_metrics["image_AUROC"])
+    calibration = len(cli.model.post_processor.calibration_scores)
     run_folder = checkpoint.parents[2]
 
     print("\n== Exporting: anomalib export", flush=True)
@@ -137,16 +142,25 @@ def run() -> None:
 
     print("\n== Predicting with the exported model", flush=True)
     inferencer = OpenVINOInferencer(exported, device="CPU")
-    images = DATASETS / "elpv" / "mono" / "test"
+    images, p_values = DATASETS / "elpv" / "mono" / "test", []
     for part in ("good", "defective"):
         for path in sorted((images / part).iterdir())[:3]:
             prediction = inferencer.predict(path)
             label = "defective" if prediction.pred_label.item() else "normal"
-            print(f"  {part:>9}: {path.name} score {prediction.pred_score.item():.2f}, {label}")
+            p_values.append(p_value := prediction.p_value.item())
+            print(f"  {part:>9}: {path.name} score {prediction.pred_score.item():.2f}, p-value {p_value:.3f}, {label}")
+    lowest = min(p_values)
+    print(
+        f"p-value {lowest:.3f}: 1 in {1 / lowest:.0f} good cells looks like this. {RATE} or less is called defective."
+    )
 
-    tested = len(list((run_folder / "images").glob("*/*")))
+    with (run_folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        tested = [(row["gt_label"], row["pred_label"]) for row in csv.DictReader(file)]
+    found, missed, alarms, normal = (tested.count(pair) for pair in (("1", "1"), ("1", "0"), ("0", "1"), ("0", "0")))
     print(f"""
-SimpleNet on {tested} test photographs of solar cells: image AUROC {auroc:.3f}
+SimpleNet on {len(tested)} test photographs of solar cells: image AUROC {auroc:.3f}
+  threshold   {guarantee(RATE, calibration)}
+  test        {alarms} of {alarms + normal} good cells called defective, {found} of {found + missed} defects found
   checkpoint  {checkpoint}
   OpenVINO    {exported}
   pictures    {run_folder / "images"}

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from anomalib.data import Folder
+from anomalib.data import Folder, ImageBatch
 from anomalib.data.utils.generators import PerlinAnomalyGenerator
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO
@@ -128,32 +128,16 @@ def main() -> None:
 
 def run(data: str, backbone: str, model: str, images: int | None, seed: int) -> None:
     """Train and test once, and keep the metrics."""
-    make, limits = MODELS[model]
     settings = {"data": data, "backbone": backbone, "model": model, "images": images or "all", "seed": seed}
-    settings["training"] = " ".join(f"{name}={value}" for name, value in limits.items())
+    settings["training"] = " ".join(f"{name}={value}" for name, value in MODELS[model][1].items())
     if any(all(row[name] == str(value) for name, value in settings.items()) for row in rows()):
         return
-    folder = Folder(**yaml.safe_load(Path("configs/benchmark/edge.yaml").read_text())["data_sets"][data]["init_args"])
-    folder.num_workers = 0
+    folder = data_set(data)
     if images:
         folder.setup()
         folder.train_data.samples = folder.train_data.samples.sample(images, random_state=seed).reset_index(drop=True)
         folder.setup = lambda *_, **__: None  # type: ignore[method-assign]
-    seed_everything(seed, verbose=False)
-    layers, size = OTHERS.get(backbone, (None, SIZE))
-    made = make(
-        **({"layers": layers} if layers else {}),
-        backbone=f"local-dir:datasets/{backbone}",
-        pre_processor=Padim.configure_pre_processor(size),  # anomalib's usual one
-        post_processor=PostProcessor(enable_normalization=False, enable_thresholding=False),
-        evaluator=False,
-        visualizer=False,
-    )
-    with tempfile.TemporaryDirectory() as results:
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-        engine = Engine(**limits, accelerator="cpu", default_root_dir=results, limit_val_batches=0, **quiet)
-        engine.fit(made, datamodule=folder)
-        predictions = engine.predict(made, dataloaders=folder.test_dataloader())
+    predictions = trained_predictions(folder, backbone, model, seed)
     labels, scores = (torch.cat([getattr(each, name) for each in predictions]) for name in ("gt_label", "pred_score"))
     row = {**settings, "image_AUROC": round(roc_auc_score(labels, scores), 4)}
     if folder.mask_dir:
@@ -171,6 +155,32 @@ def run(data: str, backbone: str, model: str, images: int | None, seed: int) -> 
             writer.writeheader()
         writer.writerow(row)
     print(row, flush=True)
+
+
+def data_set(name: str, **changes: Any) -> Folder:  # noqa: ANN401
+    """One of the data sets of ``configs/benchmark/edge.yaml``."""
+    written = yaml.safe_load(Path("configs/benchmark/edge.yaml").read_text())["data_sets"][name]["init_args"]
+    return Folder(**{**written, "num_workers": 0, **changes})
+
+
+def trained_predictions(folder: Folder, backbone: str, model: str, seed: int) -> list[ImageBatch]:
+    """Train a model of :data:`MODELS`, and give its raw scores and maps of the test images."""
+    make, limits = MODELS[model]
+    seed_everything(seed, verbose=False)
+    layers, size = OTHERS.get(backbone, (None, SIZE))
+    made = make(
+        **({"layers": layers} if layers else {}),
+        backbone=f"local-dir:datasets/{backbone}",
+        pre_processor=Padim.configure_pre_processor(size),  # anomalib's usual one
+        post_processor=PostProcessor(enable_normalization=False, enable_thresholding=False),
+        evaluator=False,
+        visualizer=False,
+    )
+    with tempfile.TemporaryDirectory() as results:
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        engine = Engine(**limits, accelerator="cpu", default_root_dir=results, limit_val_batches=0, **quiet)
+        engine.fit(made, datamodule=folder)
+        return engine.predict(made, dataloaders=folder.test_dataloader())
 
 
 def rows() -> list[dict[str, str]]:

@@ -65,6 +65,12 @@ def test_quickstart_reaches_its_accuracy_in_an_empty_folder_and_keeps_what_it_wr
     for name in ("checkpoint", "OpenVINO", "pictures"):
         assert Path(re.search(rf"{name} +(\S+)", summary)[1]).exists()
     assert "next" in summary.lower()
+    alarms, normal = map(int, re.search(r"(\d+) of (\d+) good cells called defective", summary).groups())
+    assert f"{normal} normal images: at most 5 % false alarms expected" in summary  # calibrated on as many others
+    assert alarms / normal <= 0.1
+    cells = re.findall(r"score 0\.\d\d, p-value (0\.\d{3}), (\w+)", process.stdout)
+    assert len(cells) == 6
+    assert all((label == "defective") == (float(p_value) <= 0.05) for p_value, label in cells)
 
     weights = tmp_path / "datasets" / "efficientnet_lite0" / "model.safetensors"
     before = weights.stat().st_mtime_ns
