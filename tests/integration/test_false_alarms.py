@@ -148,6 +148,16 @@ def test_rate_requested_of_a_checkpoint_replaces_its_own(
     assert torch.equal(exported(images).pred_label, expected.pred_label)
 
 
+def test_export_of_a_checkpoint_takes_what_inference_was_requested_with(checkpoint: Path) -> None:
+    given = {"top_patches": 2, "false_alarm_rate": OTHER, "post_processor": PostProcessor(image_sensitivity=0.7)}
+    model = tiny_model(visualizer=False, **given).as_requested(checkpoint)
+    assert model.model.top_patches == 2
+    assert model.post_processor.false_alarm_rate == OTHER
+    assert model.post_processor.image_sensitivity == 0.7
+    assert len(model.post_processor.calibration_scores) == PARTS["test/good"]
+    assert tiny_model(visualizer=False).as_requested(checkpoint).model.top_patches == 1
+
+
 @pytest.fixture(scope="module")
 def exports(model: SimpleNet, root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Exports of all kinds, from one graph, since tracing takes most of the time."""
