@@ -17,6 +17,7 @@ So that the hook never meets a half-made part of the model, no module that ``lig
 
 import logging
 import sys
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import TypeVar
@@ -34,8 +35,9 @@ def autoload() -> None:
     try:
         from wrapt import register_post_import_hook
 
-        register_post_import_hook(_import_model, "anomalib.models.image")
-        register_post_import_hook(_extend_batches, "anomalib.deploy.inferencers")
+        register_post_import_hook(partial(_import, "anomalib_simplenet.lightning_model"), "anomalib.models.image")
+        # Inferencers take the p-values of exports, with no model imported.
+        register_post_import_hook(partial(_import, "anomalib_simplenet.calibration"), "anomalib.deploy.inferencers")
     except Exception as error:  # noqa: BLE001
         _warn_unregistered(error)
 
@@ -52,16 +54,11 @@ def register(cls: _T) -> _T:
     return cls
 
 
-def _import_model(_module: ModuleType) -> None:
+def _import(name: str, _module: ModuleType) -> None:
     try:
-        import_module("anomalib_simplenet.lightning_model")
+        import_module(name)
     except Exception as error:  # noqa: BLE001  # anomalib must stay usable without us
         _warn_unregistered(error)
-
-
-def _extend_batches(_module: ModuleType) -> None:
-    """Let anomalib's inferencers take our exports' p-values, where no model is imported."""
-    import_module("anomalib_simplenet.compat").add_batch_field("p_value")
 
 
 def _warn_unregistered(error: Exception) -> None:

@@ -142,6 +142,16 @@ assert ours == {"anomalib_simplenet", "anomalib_simplenet.registry"}, ours
 """)
 
 
+def test_inferencers_take_p_values_though_no_model_is_imported(process: Process) -> None:
+    process.python("""
+import sys
+from anomalib.deploy import OpenVINOInferencer
+from anomalib.data import NumpyImageBatch
+assert "anomalib_simplenet.lightning_model" not in sys.modules
+assert "p_value" in NumpyImageBatch.__dataclass_fields__
+""")
+
+
 def test_without_autoload_the_cli_takes_the_class_path(process: Process) -> None:
     model = process.printed_model("anomalib_simplenet.SimpleNet", **NO_AUTOLOAD)
 
