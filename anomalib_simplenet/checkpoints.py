@@ -26,7 +26,8 @@ def portable(hyper_parameters: Mapping[str, Any], model: SimpleNetModel) -> dict
 
     They hold all of the architecture, the backbone as timm's name and arguments, or ``None`` for a module.
     """
-    arguments = {**ARCHITECTURE, **hyper_parameters, **model.feature_extractor.config, "pre_trained": False}
+    in_weights = {"pre_trained": False, "region": None}
+    arguments = {**ARCHITECTURE, **hyper_parameters, **model.feature_extractor.config, **in_weights}
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()}
 
 

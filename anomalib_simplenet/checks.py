@@ -4,6 +4,9 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+from anomalib.data import Batch
+
 
 def check_number(
     name: str,
@@ -39,3 +42,17 @@ def check_number(
     expected = " ".join(filter(None, ["an integer" if integer else "a finite number", limits, hint]))
     msg = f"{name} is {value!r}, expected {expected}."
     raise ValueError(msg)
+
+
+def check_finite(batch: Batch, values: torch.Tensor, problem: str) -> None:
+    """Refuse a batch with ``values``, a row for each image, that are NaN or infinite; the message names the images.
+
+    Raises:
+        ValueError: If there are such values.
+    """
+    finite = values.isfinite().flatten(1).all(dim=1) if values.ndim > 1 else values.isfinite()
+    if not finite.all():
+        paths = batch.image_path or range(len(finite))
+        names = ", ".join(str(path) for path, good in zip(paths, finite.tolist(), strict=True) if not good)
+        msg = f"Of {names} {problem}."
+        raise ValueError(msg)

@@ -1,6 +1,7 @@
 """SimpleNet as a model of anomalib."""
 
 import logging
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,15 +23,17 @@ from .callbacks.feature_store import CachedBatch
 from .callbacks.final_validation import FinalValidation
 from .callbacks.hold_out import HoldOut
 from .callbacks.predictions import Predictions
+from .callbacks.region import RegionPixels
 from .callbacks.report import Report
 from .callbacks.resume import Resume
 from .callbacks.unreadable_images import UnreadableImages
 from .callbacks.whitening import WhiteningPass
 from .checkpoints import ARCHITECTURE, FORMAT, differing, keep_sensitivities, portable
-from .checks import check_number
+from .checks import check_finite, check_number
 from .compat import attach_trainer, pass_requests_to_export
 from .export.exporter import ExactExport
 from .extensions.brightness import MEAN, STD, normalizes_as_imagenet
+from .extensions.region import Region
 from .loss import TruncatedL1Loss
 from .registry import register
 from .torch_model import SimpleNetModel
@@ -69,6 +72,8 @@ class SimpleNet(ExactExport, AnomalibModule):
             threshold image scores and anomaly maps, each with its own threshold, add p-values.
         evaluator (Evaluator | bool): Metrics. Defaults to ``True``: anomalib's, AUROC and F1 of images and pixels.
         visualizer (Visualizer | bool): Pictures of results. Defaults to ``True``: five panels an image.
+        region (Path | str | None): Mask image, white where pixels count, resized and cropped as the images are; for a
+            fixed camera. Kept in checkpoints and exports. Defaults to ``None``: all pixels count.
         report (bool): Whether to write ``predictions.csv`` and, after a test, ``report.html``. Defaults to ``True``.
         **architecture: Arguments of :class:`anomalib_simplenet.torch_model.SimpleNetModel`.
 
@@ -98,6 +103,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
+        region: Path | str | None = None,
         report: bool = True,
         **architecture: Any,  # noqa: ANN401
     ) -> None:
@@ -116,7 +122,9 @@ class SimpleNet(ExactExport, AnomalibModule):
         self.discriminator_lr = float(discriminator_lr)
         self.discriminator_weight_decay = float(discriminator_weight_decay)
         self.loss = TruncatedL1Loss(margin)
+        mask = None if region is None else Region.read(region, self.pre_processor)
         self.model = SimpleNetModel(**architecture)
+        self.model.region = mask
 
     def setup(self, stage: str) -> None:
         """Check what the trainer brings, before any work.
@@ -163,20 +171,11 @@ class SimpleNet(ExactExport, AnomalibModule):
             ValueError: If pixels or scores of an image are not finite.
         """
         predictions = self.model(batch.image)
-        self._check_finite(batch, batch.image, "pixels are NaN or infinite: expected numbers from 0 to 1")
-        self._check_finite(batch, predictions.pred_score, "scores are NaN or infinite: the model's weights are broken")
+        check_finite(batch, batch.image, "pixels are NaN or infinite: expected numbers from 0 to 1")
+        check_finite(batch, predictions.pred_score, "scores are NaN or infinite: the model's weights are broken")
         return batch.update(**predictions._asdict())
 
     validation_step = test_step = predict_step
-
-    @staticmethod
-    def _check_finite(batch: Batch, values: torch.Tensor, problem: str) -> None:
-        finite = values.isfinite().flatten(1).all(dim=1) if values.ndim > 1 else values.isfinite()
-        if not finite.all():
-            paths = batch.image_path or range(len(finite))
-            names = ", ".join(str(path) for path, good in zip(paths, finite.tolist(), strict=True) if not good)
-            msg = f"Of {names} {problem}."
-            raise ValueError(msg)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW for the adapter and Adam for the discriminator, as one optimizer."""
@@ -231,11 +230,14 @@ class SimpleNet(ExactExport, AnomalibModule):
         """Take architecture and pre-processor from the checkpoint, and keep requested sensitivities.
 
         Raises:
-            ValueError: If it is no checkpoint of SimpleNet, or needs a backbone that only Python can give.
+            ValueError: If it is no checkpoint of SimpleNet, needs a backbone that only Python can give, or was trained
+                with another region.
         """
         attached = super().configure_callbacks()
         with keep_sensitivities(self.post_processor):
             super().on_load_checkpoint(checkpoint)
+        if self.hparams.get("region") is not None:
+            Region.read(self.hparams["region"], self.pre_processor).check_equal(checkpoint["state_dict"], "model.")
         kept = super().configure_callbacks()  # without components that the checkpoint was trained without
         if found := differing(checkpoint, self.hparams, self.model):
             logger.warning("Using %s from the checkpoint.", ", ".join(f"{k}={v!r}" for k, v in found.items()))
@@ -252,11 +254,12 @@ class SimpleNet(ExactExport, AnomalibModule):
     def configure_callbacks(self) -> list[Callback]:
         """What happens around training and testing, in the order in which Lightning calls it.
 
-        anomalib's components pre-process a batch before the cache sees it, and label predictions before these are
-        written. The cache comes before the whitening pass, which fills it; the final validation before checkpoint
-        callbacks, which Lightning calls last, so that thresholds are saved with the weights.
+        The region limits predictions before anomalib's components choose thresholds. These pre-process a batch before
+        the cache sees it, and label predictions before they are written. The cache comes before the whitening pass,
+        which fills it; the final validation before checkpoint callbacks, which Lightning calls last, so that thresholds
+        are saved with the weights.
         """
-        components = super().configure_callbacks()
+        components = [RegionPixels(), *super().configure_callbacks()]
         training = [HoldOut(), UnreadableImages(), Resume(), self.feature_cache, WhiteningPass(), FinalValidation()]
         return [*components, *training, *([Predictions(), Report()] if self.report else [])]
 

@@ -21,6 +21,7 @@ from .extensions.averaging import PolynomialAverage
 from .extensions.brightness import equalize_brightness
 from .extensions.fused_head import FusedHead, fingerprint, noisy_scores
 from .extensions.patch_sampling import sample_patches
+from .extensions.region import Region, load_region
 from .extensions.whitening import Affine, Whitening
 
 
@@ -113,9 +114,11 @@ class SimpleNetModel(nn.Module):
         self.discriminator = Discriminator(dimension, discriminator_layers, discriminator_hidden)
         self.anomaly_map_generator = AnomalyMapGenerator()
 
+        self.region: Region | None = None
         self.averaged = PolynomialAverage(self.trained) if averaging else None
         self._fused_head: FusedHead | None = None
         self._fused_from: tuple[float, ...] = ()
+        self.register_load_state_dict_pre_hook(load_region)
         self.register_load_state_dict_post_hook(SimpleNetModel.fuse)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | InferenceBatch:
@@ -133,7 +136,7 @@ class SimpleNetModel(nn.Module):
         if self.training:
             embedding = self.patch_aggregation(features)  # (N, D, h, w), section 3.1
             white = embedding if self.whitening is None else self.whitening(embedding)
-            patches = sample_patches(white, self.patch_fraction)  # (patches, D)
+            patches = sample_patches(white, self.patch_fraction, self.counting(features))  # (patches, D)
             adapted = self.adapter(patches)  # section 3.2
             noisy = self.anomaly_generator(adapted)  # section 3.3
             # In one batch: batch norm sees real and fake patches together, as in the authors' code.
@@ -141,12 +144,15 @@ class SimpleNetModel(nn.Module):
             return real, fake
 
         patch_scores = -self.score_patches(features)  # (N, 1, h, w)
-        highest = patch_scores.flatten(1).topk(min(self.top_patches, patch_scores[0].numel()), dim=1).values
-        anomaly_map = self.anomaly_map_generator(patch_scores, images.shape[-2:])
+        if self.region is None:
+            highest = patch_scores.flatten(1).topk(min(self.top_patches, patch_scores[0].numel()), dim=1).values
+            score, anomaly_map = highest.mean(dim=1), self.anomaly_map_generator(patch_scores, images.shape[-2:])
+        else:
+            score, anomaly_map = self.region.summarise(patch_scores, self.top_patches, self.anomaly_map_generator)
         # So that no exported model takes an image that it could not score for normal.
         unusable = non_finite(images, patch_scores)
         return InferenceBatch(
-            pred_score=highest.mean(dim=1).masked_fill(unusable, torch.inf),
+            pred_score=score.masked_fill(unusable, torch.inf),
             anomaly_map=anomaly_map.masked_fill(unusable[:, None, None, None], torch.inf),
         )
 
@@ -158,7 +164,10 @@ class SimpleNetModel(nn.Module):
 
     def extract(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Extract the backbone's maps from images ``(N, 3, H, W)``: for each layer ``(N, C, h, w)``."""
-        images = equalize_brightness(images) if self.normalize_brightness else images
+        if self.normalize_brightness:
+            images = equalize_brightness(images, None if self.region is None else self.region.mask)
+        if self.region is not None:
+            images = self.region.fill(images)
         return list(self.feature_extractor(images).values())
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -168,10 +177,10 @@ class SimpleNetModel(nn.Module):
     def discriminate(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Score real and fake patches of feature maps as :meth:`forward` does in training mode, in fewer products."""
         parts, segments = self._parts(features)
-        if self.patch_fraction < 1:
+        if self.patch_fraction < 1 or self.region is not None:
             local = self.whitening is not None and self.whitening.affine is None
             embedding = next(iter(parts)) if local else self.patch_aggregation(features)
-            parts = sample_patches(embedding, self.patch_fraction)
+            parts = sample_patches(embedding, self.patch_fraction, self.counting(features))
         linear = [*self._global_whitening, *self.adapter]
         return noisy_scores(parts, segments, linear, self.anomaly_generator, self.discriminator)
 
@@ -198,6 +207,10 @@ class SimpleNetModel(nn.Module):
                 linear, segments = [*whitening, *adapter], self._parts([])[1]
                 self._fused_head = FusedHead(linear, discriminator, segments)
                 self._fused_from = fused_from
+
+    def counting(self, features: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Which patches of feature maps count: booleans ``(1, h, w)``, ``None`` for all."""
+        return None if self.region is None else self.region.inside(features[0].shape[-2:])
 
     @property
     def trained(self) -> nn.ModuleList:

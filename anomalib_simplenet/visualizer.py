@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 from PIL import Image
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+DIMMED = 0.35  # of their brightness, pixels outside the region
 
 
 class NonSquareImageVisualizer(ImageVisualizer):
     """anomalib's visualizer, but images more than twice as long as wide, or as wide as long, keep their shape.
 
-    They are drawn up to four times as long as anomalib's squares, which the other images fill.
+    They are drawn up to four times as long as anomalib's squares, which the other images fill. What is outside the
+    model's region is dimmed.
     """
 
     field_size: tuple[int, int]
     output_dir: str | Path | None
 
-    def on_test_batch_end(self, trainer, pl_module, outputs, batch, *args, **kwargs) -> None:  # noqa: ANN001
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, *_args, **_kwargs) -> None:  # noqa: ANN001, ARG002
         """Save the pictures of a batch, by default in the results folder of this run."""
-        square, folder = self.field_size, self.output_dir
+        square, folder = self.field_size, self.output_dir or Path(trainer.default_root_dir) / "images"
+        data = getattr(trainer, "datamodule", None)
+        names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
+        region = getattr(pl_module.model, "region", None)
         for item in batch:
             ratio = _aspect_ratio(item.image_path)
             if not 0.5 <= ratio <= 2:
                 self.field_size = round(square[0] * max(ratio, 1)), round(square[1] / min(ratio, 1))
-            super().on_test_batch_end(trainer, pl_module, outputs, [item], *args, **kwargs)
+            picture = self.visualize(item)
+            if picture is not None and region is not None:
+                picture = _dim_outside(picture, region.mask[0, 0].cpu().numpy() > 0, self.field_size)
+            if picture is not None:
+                picture.save(generate_output_filename(item.image_path or "", folder, **names))
             self.field_size = square
-        self.output_dir = folder  # anomalib would write the next run's pictures there too
+
+
+def _dim_outside(picture: Image.Image, mask: NDArray, size: tuple[int, int]) -> Image.Image:
+    """Dim each of a picture's fields, of a size each and side by side, where a mask is false."""
+    field = np.asarray(Image.fromarray(mask).resize(size))
+    inside = Image.fromarray(np.tile(field, (1, picture.width // size[0])))
+    return Image.composite(picture, picture.point(lambda value: value * DIMMED), inside)
 
 
 def _aspect_ratio(path: str | None) -> float:

@@ -91,12 +91,15 @@ def _page(trainer: Trainer, model: AnomalibModule, table: Path, defective_pixels
     figures = [charts.histogram(normal, defective, limit)]
     if two_classes:
         figures += charts.curves(normal, defective, limit)
-    data = getattr(trainer, "datamodule", None)
+    data, region = getattr(trainer, "datamodule", None), getattr(model.model, "region", None)
     provenance = {
         "Checkpoint": trainer.ckpt_path or "none: the weights in memory",
         "Model": model.name,
         "Data set": getattr(data, "name", None),
         "Category": getattr(data, "category", None),
+        "Region": None
+        if region is None
+        else f"{region.mask.mean().item():.1%} of the pixels count; the others are dimmed",
         "Date": datetime.now().astimezone().isoformat(" ", "seconds"),
         "Versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
     }

@@ -33,7 +33,7 @@ def _wrap(loader: DataLoader) -> DataLoader:
     read = getattr(type(loader.dataset), "__getitem__", None)
     if type(loader) is not DataLoader or getattr(read, "__module__", "").partition(".")[0] != "anomalib":
         return loader
-    paths = _paths(loader.dataset)
+    paths = image_paths(loader.dataset)
     if not paths:
         return loader
     with suppress(*_UNREADABLE), Image.open(paths[0]) as image:  # the header of one image alone
@@ -42,7 +42,7 @@ def _wrap(loader: DataLoader) -> DataLoader:
     return clone_dataloader(loader, dataset=PathErrorDataset(loader.dataset))
 
 
-def _paths(dataset: Any) -> list[Any]:  # noqa: ANN401
+def image_paths(dataset: Any) -> list[Any]:  # noqa: ANN401
     """Files of ``PredictDataset``, of other data sets of images, or none."""
     return list(getattr(dataset, "image_filenames", getattr(dataset, "samples", {}).get("image_path", [])))
 
@@ -57,7 +57,7 @@ class PathErrorDataset(wrapt.ObjectProxy):
             if getattr(error, "filename", None) is not None:
                 raise  # of the operating system, which names the file
             problem = f"cannot be read: {type(error).__name__}: {error}. Replace or remove the file."
-            msg = f"{_paths(self)[index]}, or its mask, {problem}"
+            msg = f"{image_paths(self)[index]}, or its mask, {problem}"
             raise ValueError(msg) from error
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> tuple[type, tuple[Dataset]]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from anomalib_simplenet import SimpleNet
-from anomalib_simplenet.callbacks.unreadable_images import _paths
+from anomalib_simplenet.callbacks.unreadable_images import image_paths
 
 from .conftest import folder_data, tiny_model, write_images
 
@@ -222,5 +222,5 @@ def test_unreadable_images_takes_data_sets_without_images_or_paths() -> None:
         def __init__(self) -> None:
             self.image_filenames: list[Path] = []
 
-    assert _paths(Empty()) == []
-    assert _paths(object()) == []
+    assert image_paths(Empty()) == []
+    assert image_paths(object()) == []

@@ -1,0 +1,270 @@
+"""Pixels outside the region change nothing, from training to exported models."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from anomalib.data import PredictDataset
+from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
+from PIL import Image
+
+from anomalib_simplenet import SimpleNet
+from anomalib_simplenet.components import AnomalyMapGenerator
+from anomalib_simplenet.extensions.region import Region
+
+from .conftest import folder_data, tiny_model
+
+SIZE = (80, 64)  # of the pictures, so that no resize mixes what is inside with what is outside
+
+
+def write_region(path: Path, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """An oblique shape that cuts through cells of the grid; booleans."""
+    row, column = np.mgrid[: size[0], : size[1]] / np.array(size)[:, None, None]
+    inside = (row + column < 1.3) & (row > 0.13) & (column > 0.22)
+    Image.fromarray((inside * 255).astype(np.uint8)).save(path)
+    return inside
+
+
+def change_outside(folder: Path, inside: np.ndarray) -> None:
+    """Other pixels outside, in images and in ground truth."""
+    noise = np.random.default_rng(1)
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as image:
+            pixels = np.asarray(image).copy()
+        pixels[~inside] = noise.integers(0, 256, pixels[~inside].shape) // (128 if pixels.ndim == 2 else 1) * 255
+        Image.fromarray(pixels).save(path)
+
+
+def train(pictures: Path, region: Path | None, **arguments: object) -> tuple[SimpleNet, Path]:
+    model = tiny_model(**{"image_size": SIZE, "region": region, "top_patches": 3, **arguments})
+    engine = Engine(max_epochs=2, default_root_dir=pictures.parent / "results", accelerator="cpu", deterministic=True)
+    torch.manual_seed(0)
+    engine.fit(model, datamodule=folder_data(pictures, val_split_mode="same_as_test"))
+    return model, Path(engine.best_model_path)
+
+
+def predict(model: SimpleNet, folder: Path, checkpoint: Path | None = None) -> list:
+    engine = Engine(default_root_dir=folder.parents[2] / "predicted", accelerator="cpu")
+    return engine.predict(model, dataset=PredictDataset(folder), ckpt_path=checkpoint)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({}, id="paper"),
+        pytest.param({"whiten": True, "patch_fraction": 0.5, "averaging": True}, id="whitened"),
+        pytest.param({"whiten": "local", "distance_weight": 1.0, "layers": ["layer1", "layer2"]}, id="local"),
+        pytest.param({"feature_cache": False}, id="uncached"),
+        # attention and squeeze-and-excitation see the whole image
+        pytest.param({"backbone": "mobilenetv3_small_050", "layers": ["blocks.2"]}, id="squeeze-and-excitation"),
+    ],
+)
+def test_region_makes_pixels_outside_count_for_nothing(pictures: Path, tmp_path: Path, arguments: dict) -> None:
+    inside = write_region(tmp_path / "region.png")
+    shutil.copytree(pictures, tmp_path / "others" / "pictures")
+    change_outside(tmp_path / "others" / "pictures", inside)
+    (model, _), (other, _) = (
+        train(root, tmp_path / "region.png", **arguments) for root in (pictures, tmp_path / "others" / "pictures")
+    )
+    assert not torch.equal(*(image_of(root) for root in (pictures, tmp_path / "others" / "pictures")))
+    for (name, value), same in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, same) or (value.isnan() & same.isnan()).all(), name  # weights, statistics, thresholds
+    changed = tmp_path / "others" / "pictures" / "test" / "bad"
+    for batch, same in zip(predict(model, pictures / "test" / "bad"), predict(model, changed), strict=True):
+        assert torch.equal(batch.pred_score, same.pred_score)
+        assert torch.equal(batch.pred_label, same.pred_label)
+        assert torch.equal(batch.anomaly_map, same.anomaly_map)
+
+
+def image_of(root: Path) -> torch.Tensor:
+    return PredictDataset(root / "test" / "bad")[0].image
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[SimpleNet, Path, Path, np.ndarray]:
+    """Model, its checkpoint, a folder of images, and the region, whose file is gone."""
+    from .conftest import write_images
+
+    root = tmp_path_factory.mktemp("region")
+    for seed, part in enumerate(("train/good", "test/good", "test/bad")):
+        write_images(root / "pictures" / part, 4, seed=seed)
+    (root / "pictures" / "ground_truth" / "bad").mkdir(parents=True)
+    for path in (root / "pictures" / "test" / "bad").iterdir():
+        mask = np.zeros(SIZE, dtype=np.uint8)
+        mask[20:40] = 255
+        Image.fromarray(mask).save(root / "pictures" / "ground_truth" / "bad" / path.name)
+    inside = write_region(root / "region.png")
+    model, checkpoint = train(root / "pictures", root / "region.png", whiten=True)
+    (root / "region.png").unlink()
+    return model, checkpoint, root / "pictures", inside
+
+
+def test_checkpoint_holds_the_region(trained: tuple) -> None:
+    model, checkpoint, pictures, inside = trained
+    loaded = SimpleNet.load_from_checkpoint(checkpoint)
+    assert np.array_equal(loaded.model.region.mask[0, 0].numpy() > 0, inside)
+    plain = tiny_model()
+    for again in (
+        predict(loaded, pictures / "test" / "bad"),
+        predict(plain, pictures / "test" / "bad", checkpoint),
+    ):
+        for batch, same in zip(predict(model, pictures / "test" / "bad"), again, strict=True):
+            assert torch.equal(batch.pred_score, same.pred_score)
+            assert torch.equal(batch.anomaly_map, same.anomaly_map)
+
+
+def test_predictions_mark_no_pixel_outside_at_any_sensitivity(trained: tuple) -> None:
+    model, checkpoint, pictures, inside = trained
+    model = SimpleNet.load_from_checkpoint(checkpoint)
+    model.post_processor.pixel_sensitivity = 1.0
+    for batch in predict(model, pictures / "test" / "bad"):
+        assert (batch.anomaly_map[:, ~inside] == 0).all()
+        assert not batch.pred_mask[:, ~inside].any()
+        assert batch.pred_mask[:, inside].any()
+
+
+def test_thresholds_are_of_the_pixels_inside(trained: tuple) -> None:
+    model, _, pictures, inside = trained
+    raw = [model.model(model.pre_processor.transform(image)[None]).anomaly_map for image in images_of(pictures)]
+    maps = torch.cat(raw)[:, 0, inside]
+    torch.testing.assert_close(model.post_processor.pixel_min, maps.min(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.post_processor.pixel_max, maps.max(), rtol=1e-5, atol=1e-6)
+
+
+def images_of(pictures: Path) -> list[torch.Tensor]:
+    return [item.image for part in ("good", "bad") for item in PredictDataset(pictures / "test" / part)]
+
+
+@pytest.mark.parametrize("pre_processor", ["resize", "none"])
+def test_export_holds_the_region(trained: tuple, tmp_path: Path, pre_processor: str) -> None:
+    _, checkpoint, pictures, inside = trained
+    model = SimpleNet.load_from_checkpoint(checkpoint)
+    if pre_processor == "none":
+        model.pre_processor = None
+    images = torch.stack(images_of(pictures)[:2])
+    expected = model.eval()(images)
+    changed = torch.where(torch.from_numpy(inside), images, torch.rand_like(images))
+    paths = [model.to_openvino(tmp_path), model.to_onnx(tmp_path)]
+    for path in paths:
+        compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        answer, same = (
+            {key.get_any_name(): value.copy() for key, value in compiled(pixels.numpy()).items()}
+            for pixels in (images, changed)
+        )
+        for field in ("pred_score", "anomaly_map", "pred_mask", "pred_label"):
+            np.testing.assert_array_equal(answer[field], same[field])
+            value = getattr(expected, field).detach()
+            np.testing.assert_allclose(answer[field].astype(float), value.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_summarise_neither_raises_nor_lowers_the_rim() -> None:
+    mask = torch.zeros(1, 1, 64, 96)
+    mask[..., 13:50, 20:21] = mask[..., 33:37, 20:90] = 1  # thinner than a patch
+    region, generator = Region(mask, torch.tensor(1.5)), AnomalyMapGenerator()
+    inside = region.inside((8, 12))[None]
+    scores = torch.full((2, 1, 8, 12), 1e6).masked_fill(inside, -3.0)
+    score, anomaly_map = region.summarise(scores, 1000, generator)
+    torch.testing.assert_close(score, torch.tensor([-3.0, -3.0]))
+    torch.testing.assert_close(anomaly_map, torch.where(mask > 0, -3.0, -torch.inf).expand(2, 1, -1, -1))
+
+
+def test_summarise_of_a_region_of_all_pixels_is_the_plain_map() -> None:
+    region, generator = Region(torch.ones(1, 1, 64, 96), torch.tensor(1.5)), AnomalyMapGenerator()
+    scores = torch.randn(2, 1, 8, 12)
+    score, anomaly_map = region.summarise(scores, 3, generator)
+    torch.testing.assert_close(score, scores.flatten(1).topk(3).values.mean(dim=1))
+    torch.testing.assert_close(anomaly_map, generator(scores, (64, 96)))
+
+
+def test_read_follows_resize_and_crop(tmp_path: Path) -> None:
+    pixels = np.zeros((100, 200), dtype=np.uint8)
+    pixels[:, 100:] = 255
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+    region = Region.read(tmp_path / "half.png", SimpleNet.configure_pre_processor((50, 80), (40, 60)))
+    expected = torch.zeros(1, 1, 40, 60)
+    expected[..., 30:] = 1
+    assert torch.equal(region.mask, expected)
+    assert region.aspect_ratio == 2
+
+
+@pytest.mark.parametrize(
+    ("region", "arguments", "message"),
+    [
+        ("missing.png", {}, "missing.png', expected the path of an image, white where pixels count"),
+        ("text.png", {}, "text.png', expected the path of an image, white where pixels count"),
+        ("black.png", {}, "black.png', which has no white pixel"),
+        ("rim.png", {"pre_processor": SimpleNet.configure_pre_processor((80, 64), (32, 32))}, "rim.png', which has no"),
+        ("region.png", {"pre_processor": torch.nn.Identity()}, "pre_processor is no PreProcessor of anomalib's"),
+    ],
+)
+def test_model_refuses_regions_by_name(tmp_path: Path, region: str, arguments: dict, message: str) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("L", (64, 80), 127).save(tmp_path / "black.png")
+    rim = np.zeros(SIZE, dtype=np.uint8)
+    rim[:5] = 255
+    Image.fromarray(rim).save(tmp_path / "rim.png")
+    write_region(tmp_path / "region.png")
+    with pytest.raises(ValueError, match=message):
+        tiny_model(region=tmp_path / region, **arguments)
+
+
+def test_fit_refuses_images_of_another_aspect_ratio_than_the_region(pictures: Path, tmp_path: Path) -> None:
+    write_region(tmp_path / "wide.png", (40, 64))
+    with pytest.raises(ValueError, match=r"000.png is 64 x 80, 0.8 times as wide as high, but region .*wide.png 1.6"):
+        train(pictures, tmp_path / "wide.png")
+
+
+def test_predict_refuses_images_of_another_aspect_ratio_than_the_checkpoints_region(
+    trained: tuple, tmp_path: Path
+) -> None:
+    (tmp_path / "wide").mkdir()
+    Image.new("RGB", (128, 80)).save(tmp_path / "wide" / "0.png")
+    with pytest.raises(ValueError, match=r"0.png is 128 x 80, .* but region \(of the checkpoint\) 0.8 times"):
+        predict(SimpleNet.load_from_checkpoint(trained[1]), tmp_path / "wide")
+
+
+def test_model_refuses_images_of_another_size_than_the_region(tmp_path: Path) -> None:
+    write_region(tmp_path / "region.png")
+    model = tiny_model(region=tmp_path / "region.png", pre_processor=PreProcessor()).eval()
+    with pytest.raises(ValueError, match="Images are 160 x 128, but the region is for 80 x 64"):
+        model(torch.rand(1, 3, 160, 128))
+
+
+@pytest.mark.parametrize("trained_with", ["another", "no"])
+def test_checkpoint_of_another_region_is_refused(
+    pictures: Path, tmp_path: Path, trained: tuple, trained_with: str
+) -> None:
+    Image.new("L", (64, 80), 255).save(tmp_path / "all.png")
+    checkpoint = trained[1] if trained_with == "another" else train(pictures, None)[1]
+    model = tiny_model(image_size=SIZE, region=tmp_path / "all.png")
+    with pytest.raises(ValueError, match=f"The checkpoint was trained with {trained_with} region: leave region out"):
+        predict(model, pictures / "test" / "bad", checkpoint)
+
+
+def test_checkpoint_of_the_same_region_takes_it_at_its_own_image_size(trained: tuple, tmp_path: Path) -> None:
+    write_region(tmp_path / "region.png")
+    model = tiny_model(image_size=(64, 64), region=tmp_path / "region.png")
+    assert predict(model, trained[2] / "test" / "bad", trained[1])
+
+
+def test_pictures_and_report_show_the_region(trained: tuple, tmp_path: Path) -> None:
+    _, checkpoint, pictures, inside = trained
+    Image.new("RGB", (64, 80), (200, 200, 200)).save(pictures / "test" / "bad" / "000.png")
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu")
+    data = folder_data(pictures, val_split_mode="same_as_test")
+    engine.test(SimpleNet.load_from_checkpoint(checkpoint), datamodule=data)
+    (page,) = tmp_path.rglob("report.html")
+    assert (
+        f"<tr><th>Region</th><td>{inside.mean():.1%} of the pixels; the others are dimmed</td></tr>" in page.read_text()
+    )
+    (picture,) = (path for path in tmp_path.rglob("images/**/000.png") if path.parent.name == "bad")
+    with Image.open(picture) as image:
+        field = np.asarray(image)[:, :256]  # the first of five
+    shown = np.asarray(Image.fromarray(inside).resize((256, 256)))
+    below = np.arange(256) > 60  # the title
+    assert (field[below][shown[below]] == 200).all()
+    assert (field[below][~shown[below]] == 70).all()
