@@ -236,10 +236,11 @@ class SimpleNet(ExactExport, AnomalibModule):
         attached = super().configure_callbacks()
         with keep_sensitivities(self.post_processor):
             super().on_load_checkpoint(checkpoint)
-        if self.hparams.get("region") is not None:
-            Region.read(self.hparams["region"], self.pre_processor).check_equal(checkpoint["state_dict"], "model.")
         kept = super().configure_callbacks()  # without components that the checkpoint was trained without
-        if found := differing(checkpoint, self.hparams, self.model):
+        found = differing(checkpoint, self.hparams, self.model)
+        if self.hparams.get("region"):
+            Region.read(self.hparams["region"], self.pre_processor).check_equal(checkpoint["state_dict"])
+        if found:
             logger.warning("Using %s from the checkpoint.", ", ".join(f"{k}={v!r}" for k, v in found.items()))
             self.hparams.update(portable(self.hparams, self.model) | found)
             self.model = SimpleNetModel(**{name: self.hparams[name] for name in ARCHITECTURE})
@@ -254,10 +255,10 @@ class SimpleNet(ExactExport, AnomalibModule):
     def configure_callbacks(self) -> list[Callback]:
         """What happens around training and testing, in the order in which Lightning calls it.
 
-        The region limits predictions before anomalib's components choose thresholds. These pre-process a batch before
-        the cache sees it, and label predictions before they are written. The cache comes before the whitening pass,
-        which fills it; the final validation before checkpoint callbacks, which Lightning calls last, so that thresholds
-        are saved with the weights.
+        anomalib's components choose thresholds of the region's pixels, pre-process a batch before the cache sees it,
+        and label predictions before they are written. The cache comes before the whitening pass, which fills it; the
+        final validation before checkpoint callbacks, which Lightning calls last, so that thresholds are saved with the
+        weights.
         """
         components = [RegionPixels(), *super().configure_callbacks()]
         training = [HoldOut(), UnreadableImages(), Resume(), self.feature_cache, WhiteningPass(), FinalValidation()]

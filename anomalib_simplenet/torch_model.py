@@ -58,9 +58,9 @@ class SimpleNetModel(nn.Module):
 
     Attributes:
         feature_extractor (FeatureExtractor): Frozen backbone.
-        adapter (Adapter): Trained.
+        adapter (Adapter), discriminator (Discriminator): Trained.
         anomaly_generator (AnomalyGenerator): Adds the noise.
-        discriminator (Discriminator): Trained.
+        region (Region | None): Not in the paper: the pixels that count. ``None`` for all.
 
     Raises:
         ValueError: If an argument is out of its range; the message says which and what is expected.
@@ -122,21 +122,17 @@ class SimpleNetModel(nn.Module):
         self.register_load_state_dict_post_hook(SimpleNetModel.fuse)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | InferenceBatch:
-        """Score images, or in training mode real and fake patches.
+        """Score normalised images ``(N, 3, H, W)``, or in training mode real and fake patches.
 
-        Args:
-            images (torch.Tensor): Normalised images of shape ``(N, 3, H, W)``.
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor] | InferenceBatch: In training mode scores of real and fake patches,
-            ``(N * h * w,)`` each, or as many as ``patch_fraction`` leaves. In eval mode, unbounded and higher for more
-            anomalous: ``pred_score`` ``(N,)``, and ``anomaly_map`` ``(N, 1, H, W)``, resized and smoothed.
+        In training mode returns scores of real and fake patches, ``(N * h * w,)`` each, or as many as
+        ``patch_fraction`` and region leave; in eval mode, unbounded and higher for more anomalous, ``pred_score``
+        ``(N,)`` and ``anomaly_map`` ``(N, 1, H, W)``, resized and smoothed.
         """
         features = self.extract(images)  # of each layer (N, C, h, w)
         if self.training:
             embedding = self.patch_aggregation(features)  # (N, D, h, w), section 3.1
             white = embedding if self.whitening is None else self.whitening(embedding)
-            patches = sample_patches(white, self.patch_fraction, self.counting(features))  # (patches, D)
+            patches = sample_patches(white, self.patch_fraction, self.region)  # (patches, D)
             adapted = self.adapter(patches)  # section 3.2
             noisy = self.anomaly_generator(adapted)  # section 3.3
             # In one batch: batch norm sees real and fake patches together, as in the authors' code.
@@ -144,10 +140,9 @@ class SimpleNetModel(nn.Module):
             return real, fake
 
         patch_scores = -self.score_patches(features)  # (N, 1, h, w)
-        if self.region is None:
-            highest = patch_scores.flatten(1).topk(min(self.top_patches, patch_scores[0].numel()), dim=1).values
-            score, anomaly_map = highest.mean(dim=1), self.anomaly_map_generator(patch_scores, images.shape[-2:])
-        else:
+        highest = patch_scores.flatten(1).topk(min(self.top_patches, patch_scores[0].numel()), dim=1).values
+        score, anomaly_map = highest.mean(dim=1), self.anomaly_map_generator(patch_scores, images.shape[-2:])
+        if self.region is not None:
             score, anomaly_map = self.region.summarise(patch_scores, self.top_patches, self.anomaly_map_generator)
         # So that no exported model takes an image that it could not score for normal.
         unusable = non_finite(images, patch_scores)
@@ -164,10 +159,8 @@ class SimpleNetModel(nn.Module):
 
     def extract(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Extract the backbone's maps from images ``(N, 3, H, W)``: for each layer ``(N, C, h, w)``."""
-        if self.normalize_brightness:
-            images = equalize_brightness(images, None if self.region is None else self.region.mask)
-        if self.region is not None:
-            images = self.region.fill(images)
+        images = equalize_brightness(images, self.region) if self.normalize_brightness else images
+        images = images if self.region is None else self.region.fill(images)
         return list(self.feature_extractor(images).values())
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -180,7 +173,7 @@ class SimpleNetModel(nn.Module):
         if self.patch_fraction < 1 or self.region is not None:
             local = self.whitening is not None and self.whitening.affine is None
             embedding = next(iter(parts)) if local else self.patch_aggregation(features)
-            parts = sample_patches(embedding, self.patch_fraction, self.counting(features))
+            parts = sample_patches(embedding, self.patch_fraction, self.region)
         linear = [*self._global_whitening, *self.adapter]
         return noisy_scores(parts, segments, linear, self.anomaly_generator, self.discriminator)
 
@@ -207,10 +200,6 @@ class SimpleNetModel(nn.Module):
                 linear, segments = [*whitening, *adapter], self._parts([])[1]
                 self._fused_head = FusedHead(linear, discriminator, segments)
                 self._fused_from = fused_from
-
-    def counting(self, features: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """Which patches of feature maps count: booleans ``(1, h, w)``, ``None`` for all."""
-        return None if self.region is None else self.region.inside(features[0].shape[-2:])
 
     @property
     def trained(self) -> nn.ModuleList:

@@ -11,7 +11,7 @@ from anomalib.visualization import ImageVisualizer
 from PIL import Image
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from anomalib_simplenet.extensions.region import Region
 
 DIMMED = 0.35  # of their brightness, pixels outside the region
 
@@ -29,24 +29,21 @@ class NonSquareImageVisualizer(ImageVisualizer):
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, *_args, **_kwargs) -> None:  # noqa: ANN001, ARG002
         """Save the pictures of a batch, by default in the results folder of this run."""
         square, folder = self.field_size, self.output_dir or Path(trainer.default_root_dir) / "images"
-        data = getattr(trainer, "datamodule", None)
+        data, region = getattr(trainer, "datamodule", None), getattr(pl_module.model, "region", None)
         names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
-        region = getattr(pl_module.model, "region", None)
         for item in batch:
             ratio = _aspect_ratio(item.image_path)
             if not 0.5 <= ratio <= 2:
                 self.field_size = round(square[0] * max(ratio, 1)), round(square[1] / min(ratio, 1))
-            picture = self.visualize(item)
-            if picture is not None and region is not None:
-                picture = _dim_outside(picture, region.mask[0, 0].cpu().numpy() > 0, self.field_size)
-            if picture is not None:
+            if (picture := self.visualize(item)) is not None:
+                picture = picture if region is None else _dim_outside(picture, region, self.field_size)
                 picture.save(generate_output_filename(item.image_path or "", folder, **names))
             self.field_size = square
 
 
-def _dim_outside(picture: Image.Image, mask: NDArray, size: tuple[int, int]) -> Image.Image:
-    """Dim each of a picture's fields, of a size each and side by side, where a mask is false."""
-    field = np.asarray(Image.fromarray(mask).resize(size))
+def _dim_outside(picture: Image.Image, region: Region, size: tuple[int, int]) -> Image.Image:
+    """Dim what is outside in each of a picture's fields, which stand side by side."""
+    field = np.asarray(Image.fromarray(region.mask[0, 0].cpu().numpy() > 0).resize(size))
     inside = Image.fromarray(np.tile(field, (1, picture.width // size[0])))
     return Image.composite(picture, picture.point(lambda value: value * DIMMED), inside)
 

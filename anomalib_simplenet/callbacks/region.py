@@ -11,11 +11,11 @@ from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from anomalib_simplenet.compat import wrap_dataloaders
+from anomalib_simplenet.compat import data_loops, wrap_dataloaders
 
 from .unreadable_images import image_paths
 
-TOLERANCE = 0.01  # sizes are rounded
+TOLERANCE = 0.01  # of aspect ratios: sizes are rounded
 
 
 class RegionPixels(Callback):
@@ -24,20 +24,18 @@ class RegionPixels(Callback):
     Must stand before anomalib's post-processor and evaluator in the trainer's callbacks.
     """
 
-    def setup(self, trainer: Trainer, pl_module: AnomalibModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: Trainer, pl_module: AnomalibModule, *_args: object, **_kwargs: object) -> None:
         """Have data loaders checked when the trainer asks for them, after a checkpoint brought its region."""
-        fit = trainer.fit_loop
         check = partial(apply_to_collection, dtype=DataLoader, function=partial(_check_aspect_ratios, pl_module))
-        for loop in (fit, fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        for loop in data_loops(trainer):
             wrap_dataloaders(loop, "region", check)
 
     def on_validation_batch_end(self, _trainer: Trainer, pl_module: AnomalibModule, outputs: Batch, *_args) -> None:
         """Leave a predicted batch the pixels inside, as one row."""
         if (region := pl_module.model.region) is not None:
-            inside = region.mask[0, 0] > 0
             for name in ("anomaly_map", "gt_mask"):
                 if (maps := getattr(outputs, name)) is not None:
-                    setattr(outputs, name, maps[:, None, inside])
+                    setattr(outputs, name, maps[:, None, region.mask[0, 0] > 0])
 
     def on_test_batch_end(self, _trainer: Trainer, pl_module: AnomalibModule, outputs: Batch, *_args) -> None:
         """Take pixels outside for normal, whatever the ground truth."""
@@ -50,12 +48,11 @@ def _check_aspect_ratios(pl_module: AnomalibModule, loader: Any) -> Any:  # noqa
     region = pl_module.model.region
     for path in [] if region is None else image_paths(loader.dataset):
         with suppress(OSError), Image.open(path) as image:  # one that cannot be read is named when its turn comes
-            ratio = image.width / image.height
-            if abs(ratio / region.aspect_ratio.item() - 1) > TOLERANCE:
+            if abs(image.width / image.height / region.aspect_ratio.item() - 1) > TOLERANCE:
                 msg = (
-                    f"{path} is {image.width} x {image.height}, {ratio:.3g} times as wide as high, but region "
+                    f"{path} is {image.width} x {image.height}, but region "
                     f"{pl_module.hparams.get('region') or '(of the checkpoint)'} {region.aspect_ratio.item():.3g} "
-                    "times: draw the region on an image of the camera, or leave such images out."
+                    "times as wide as high: draw the region on an image of the camera, or leave such images out."
                 )
                 raise ValueError(msg)
     return loader

@@ -5,13 +5,15 @@ from torchvision.transforms.v2 import Compose, Normalize, Transform
 
 from anomalib_simplenet.components.ops import reciprocal
 
+from .region import Region
+
 MEAN = [0.485, 0.456, 0.406]  # ImageNet's, with which the pre-processor normalises
 STD = [0.229, 0.224, 0.225]
 BRIGHTNESS = sum(MEAN) / len(MEAN)
 DARKEST = 1e-3  # no darker image is amplified further
 
 
-def equalize_brightness(images: torch.Tensor) -> torch.Tensor:
+def equalize_brightness(images: torch.Tensor, region: Region | None = None) -> torch.Tensor:
     """Scale the pixels of each image so that their mean is ImageNet's, about 0.45.
 
     Lamps age, and exposure differs between the days of training and production. A defect is small: it moves the mean of
@@ -19,13 +21,15 @@ def equalize_brightness(images: torch.Tensor) -> torch.Tensor:
 
     Args:
         images (torch.Tensor): Images of shape ``(N, 3, H, W)``, normalised with ImageNet's mean and standard deviation.
+        region (Region | None): The pixels whose mean it is. Defaults to ``None``: all.
 
     Returns:
         torch.Tensor: The same, scaled before that normalisation.
     """
     mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
     pixels = images * std + mean
-    brightness = pixels.mean(dim=(1, 2, 3), keepdim=True).clamp(min=DARKEST)
+    counting = pixels if region is None else pixels * (region.mask * reciprocal(region.mask.mean()))
+    brightness = counting.mean(dim=(1, 2, 3), keepdim=True).clamp(min=DARKEST)
     return (pixels * (BRIGHTNESS * reciprocal(brightness)) - mean) * reciprocal(std)
 
 

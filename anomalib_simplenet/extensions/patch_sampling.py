@@ -2,19 +2,19 @@
 
 import torch
 
+from .region import Region
 
-def sample_patches(
-    embedding: torch.Tensor, fraction: float = 1.0, counting: torch.Tensor | None = None
-) -> torch.Tensor:
+
+def sample_patches(embedding: torch.Tensor, fraction: float = 1.0, region: Region | None = None) -> torch.Tensor:
     """Draw a share, above 0 and up to 1, of embeddings ``(N, dimension, h, w)`` at random, without replacement.
 
-    From the places where ``counting``, booleans ``(h, w)``, is true, or all. Returns ``(patches, dimension)``, at least
-    one patch; all, in order, for a share of 1 of all places.
+    Returns ``(patches, dimension)``, at least one patch; all, in order, for a share of 1. With a region, of its patches
+    alone.
     """
-    if fraction == 1 and counting is None:
+    if fraction == 1 and region is None:
         return embedding.permute(0, 2, 3, 1).flatten(0, 2)
     images, _, height, width = embedding.shape
-    counting = embedding.new_ones((height, width)) if counting is None else counting
+    counting = embedding.new_ones((height, width)) if region is None else region.inside((height, width))
     rows, columns = counting.nonzero().T
     total = images * len(rows)
     chosen = torch.randperm(total, device=embedding.device)[: max(1, round(fraction * total))]

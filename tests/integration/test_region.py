@@ -57,7 +57,7 @@ def predict(model: SimpleNet, folder: Path, checkpoint: Path | None = None) -> l
     [
         pytest.param({}, id="paper"),
         pytest.param({"whiten": True, "patch_fraction": 0.5, "averaging": True}, id="whitened"),
-        pytest.param({"whiten": "local", "distance_weight": 1.0, "layers": ["layer1", "layer2"]}, id="local"),
+        pytest.param({"whiten": "local", "components": 12, "layers": ["layer1", "layer2"], "normalize_brightness": True}, id="local"),
         pytest.param({"feature_cache": False}, id="uncached"),
         # attention and squeeze-and-excitation see the whole image
         pytest.param({"backbone": "mobilenetv3_small_050", "layers": ["blocks.2"]}, id="squeeze-and-excitation"),
