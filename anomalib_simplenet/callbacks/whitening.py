@@ -1,8 +1,11 @@
 """The pass over the training images that whitening takes before training."""
 
+import torch
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+
+from anomalib_simplenet.torch_model import SimpleNetModel
 
 from .feature_cache import iterate_features
 from .resume import resumes
@@ -29,13 +32,17 @@ class WhiteningPass(Callback):
             model.averaged.reset()
         if model.whitening is None or (model.whitening.fitted and resumes(trainer)):
             return
-        embeddings = map(model.patch_aggregation, iterate_features(trainer, pl_module, "Whitening"))
-        if model.region is not None and not model.whitening.local:
-            embeddings = (each[:, :, model.region.inside(each.shape[-2:]), None] for each in embeddings)
-        moments = model.whitening.moments(embeddings)
+        features = iterate_features(trainer, pl_module, "Whitening")
+        moments = model.whitening.moments(_counting(model, model.patch_aggregation(each)) for each in features)
         if trainer.world_size > 1:
             moments = trainer.strategy.reduce(moments.to(pl_module.device), reduce_op="sum").cpu()
         if model.region is not None and model.whitening.local:  # positions outside get the mean of those inside
             inside = model.region.inside(moments.shape[-2:]).cpu()
             moments[:, ~inside] = moments[:, inside].mean(dim=1, keepdim=True)
         model.whitening.fit(moments)
+
+
+def _counting(model: SimpleNetModel, embedding: torch.Tensor) -> torch.Tensor:
+    if model.region is None or getattr(model.whitening, "local", False):
+        return embedding
+    return embedding[:, :, model.region.inside(embedding.shape[-2:]), None]

@@ -10,13 +10,13 @@ import torch
 from anomalib.data import PredictDataset
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from anomalib_simplenet import SimpleNet
 from anomalib_simplenet.components import AnomalyMapGenerator
 from anomalib_simplenet.extensions.region import Region
 
-from .conftest import folder_data, tiny_model
+from .conftest import folder_data, tiny_model, write_images
 
 SIZE = (80, 64)  # of the pictures, so that no resize mixes what is inside with what is outside
 
@@ -27,6 +27,18 @@ def write_region(path: Path, size: tuple[int, int] = SIZE) -> np.ndarray:
     inside = (row + column < 1.3) & (row > 0.13) & (column > 0.22)
     Image.fromarray((inside * 255).astype(np.uint8)).save(path)
     return inside
+
+
+def write_pictures(root: Path) -> Path:
+    """Folder with train/good, test/good and test/bad, 4 each, and masks of bad."""
+    for seed, part in enumerate(("train/good", "test/good", "test/bad")):
+        write_images(root / part, 4, seed=seed)
+    (root / "ground_truth" / "bad").mkdir(parents=True)
+    mask = np.zeros(SIZE, dtype=np.uint8)
+    mask[20:40] = 255
+    for path in (root / "test" / "bad").iterdir():
+        Image.fromarray(mask).save(root / "ground_truth" / "bad" / path.name)
+    return root
 
 
 def change_outside(folder: Path, inside: np.ndarray) -> None:
@@ -40,9 +52,9 @@ def change_outside(folder: Path, inside: np.ndarray) -> None:
 
 
 def train(pictures: Path, region: Path | None, **arguments: object) -> tuple[SimpleNet, Path]:
+    torch.manual_seed(0)
     model = tiny_model(**{"image_size": SIZE, "region": region, "top_patches": 3, **arguments})
     engine = Engine(max_epochs=2, default_root_dir=pictures.parent / "results", accelerator="cpu", deterministic=True)
-    torch.manual_seed(0)
     engine.fit(model, datamodule=folder_data(pictures, val_split_mode="same_as_test"))
     return model, Path(engine.best_model_path)
 
@@ -52,73 +64,107 @@ def predict(model: SimpleNet, folder: Path, checkpoint: Path | None = None) -> l
     return engine.predict(model, dataset=PredictDataset(folder), ckpt_path=checkpoint)
 
 
+def assert_equal_states(model: SimpleNet, other: SimpleNet) -> None:
+    for (name, value), same in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, same) or (value.isnan() & same.isnan()).all(), name  # weights, statistics, thresholds
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         pytest.param({}, id="paper"),
         pytest.param({"whiten": True, "patch_fraction": 0.5, "averaging": True}, id="whitened"),
-        pytest.param({"whiten": "local", "components": 12, "layers": ["layer1", "layer2"], "normalize_brightness": True}, id="local"),
-        pytest.param({"feature_cache": False}, id="uncached"),
-        # attention and squeeze-and-excitation see the whole image
-        pytest.param({"backbone": "mobilenetv3_small_050", "layers": ["blocks.2"]}, id="squeeze-and-excitation"),
+        pytest.param(
+            {"whiten": "local", "components": 12, "layers": ["layer1", "layer2"], "normalize_brightness": True},
+            id="local",
+        ),
+        # squeeze-and-excitation sees the whole image
+        pytest.param({"backbone": "mobilenetv3_small_050", "layers": ["blocks.3"]}, id="squeeze-and-excitation"),
     ],
 )
-def test_region_makes_pixels_outside_count_for_nothing(pictures: Path, tmp_path: Path, arguments: dict) -> None:
-    inside = write_region(tmp_path / "region.png")
-    shutil.copytree(pictures, tmp_path / "others" / "pictures")
-    change_outside(tmp_path / "others" / "pictures", inside)
-    (model, _), (other, _) = (
-        train(root, tmp_path / "region.png", **arguments) for root in (pictures, tmp_path / "others" / "pictures")
-    )
-    assert not torch.equal(*(image_of(root) for root in (pictures, tmp_path / "others" / "pictures")))
-    for (name, value), same in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(value, same) or (value.isnan() & same.isnan()).all(), name  # weights, statistics, thresholds
-    changed = tmp_path / "others" / "pictures" / "test" / "bad"
-    for batch, same in zip(predict(model, pictures / "test" / "bad"), predict(model, changed), strict=True):
+def test_region_makes_pixels_outside_count_for_nothing(tmp_path: Path, arguments: dict) -> None:
+    pictures, inside = write_pictures(tmp_path / "pictures"), write_region(tmp_path / "region.png")
+    changed = shutil.copytree(pictures, tmp_path / "others" / "pictures")
+    change_outside(changed, inside)
+    (model, _), (other, _) = (train(root, tmp_path / "region.png", **arguments) for root in (pictures, changed))
+    assert_equal_states(model, other)
+    for batch, same in zip(*(predict(model, root / "test" / "bad") for root in (pictures, changed)), strict=True):
+        assert not torch.equal(batch.image, same.image)
         assert torch.equal(batch.pred_score, same.pred_score)
         assert torch.equal(batch.pred_label, same.pred_label)
         assert torch.equal(batch.anomaly_map, same.anomaly_map)
 
 
-def image_of(root: Path) -> torch.Tensor:
-    return PredictDataset(root / "test" / "bad")[0].image
+def test_feature_cache_with_a_region_gives_the_same_weights(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures")
+    write_region(tmp_path / "region.png")
+    models = [train(pictures, tmp_path / "region.png", whiten=True, feature_cache=cache)[0] for cache in (True, False)]
+    assert_equal_states(*models)
+
+
+@pytest.mark.parametrize("arguments", [{"whiten": True}, {"whiten": "local"}, {"patch_fraction": 0.3}, {}])
+def test_discriminate_and_score_patches_with_a_region_equal_the_plain_path(tmp_path: Path, arguments: dict) -> None:
+    write_region(tmp_path / "region.png")
+    layers = ["layer1", "layer2"]
+    model = tiny_model(image_size=SIZE, region=tmp_path / "region.png", layers=layers, **arguments).model
+    images = torch.rand(4, 3, *SIZE)
+    if model.whitening is not None:
+        model.whitening.fit(model.whitening.moments([model.embed(images)]))
+    scores = []
+    for score in (model, lambda images: model.discriminate(model.extract(images))):
+        torch.manual_seed(0)
+        scores.append(torch.cat(score(images)))
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
+    count = model.region.inside((20, 16)).sum().item()
+    assert 0 < count < 20 * 16
+    assert len(scores[0]) == 2 * round(4 * count * arguments.get("patch_fraction", 1))
+
+    model.eval()
+    embedding = model.embed(images)
+    white = embedding if model.whitening is None else model.whitening(embedding)
+    plain = -model.discriminator(model.adapter(white.permute(0, 2, 3, 1).flatten(0, 2))).view(4, 20, 16)
+    inside = plain[:, model.region.inside((20, 16))]
+    torch.testing.assert_close(model(images).pred_score, inside.amax(dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_brightness_is_that_of_the_regions_pixels(tmp_path: Path) -> None:
+    inside = torch.from_numpy(write_region(tmp_path / "region.png"))
+    model = tiny_model(image_size=SIZE, region=tmp_path / "region.png", normalize_brightness=True).eval()
+    images = torch.rand(2, 3, *SIZE)
+    seen = []
+    model.model.feature_extractor.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.post_processor = None
+    model(torch.where(inside, images * 0.5, images))
+    model(images)
+    torch.testing.assert_close(*seen)  # half the light inside
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[SimpleNet, Path, Path, np.ndarray]:
     """Model, its checkpoint, a folder of images, and the region, whose file is gone."""
-    from .conftest import write_images
-
     root = tmp_path_factory.mktemp("region")
-    for seed, part in enumerate(("train/good", "test/good", "test/bad")):
-        write_images(root / "pictures" / part, 4, seed=seed)
-    (root / "pictures" / "ground_truth" / "bad").mkdir(parents=True)
-    for path in (root / "pictures" / "test" / "bad").iterdir():
-        mask = np.zeros(SIZE, dtype=np.uint8)
-        mask[20:40] = 255
-        Image.fromarray(mask).save(root / "pictures" / "ground_truth" / "bad" / path.name)
-    inside = write_region(root / "region.png")
-    model, checkpoint = train(root / "pictures", root / "region.png", whiten=True)
+    pictures, inside = write_pictures(root / "pictures"), write_region(root / "region.png")
+    model, checkpoint = train(pictures, root / "region.png", whiten=True, normalize_brightness=True)
     (root / "region.png").unlink()
-    return model, checkpoint, root / "pictures", inside
+    return model.eval(), checkpoint, pictures, inside
 
 
 def test_checkpoint_holds_the_region(trained: tuple) -> None:
     model, checkpoint, pictures, inside = trained
     loaded = SimpleNet.load_from_checkpoint(checkpoint)
     assert np.array_equal(loaded.model.region.mask[0, 0].numpy() > 0, inside)
-    plain = tiny_model()
+    expected = predict(model, pictures / "test" / "bad")
     for again in (
         predict(loaded, pictures / "test" / "bad"),
-        predict(plain, pictures / "test" / "bad", checkpoint),
+        predict(tiny_model(), pictures / "test" / "bad", checkpoint),
     ):
-        for batch, same in zip(predict(model, pictures / "test" / "bad"), again, strict=True):
+        for batch, same in zip(expected, again, strict=True):
             assert torch.equal(batch.pred_score, same.pred_score)
             assert torch.equal(batch.anomaly_map, same.anomaly_map)
 
 
 def test_predictions_mark_no_pixel_outside_at_any_sensitivity(trained: tuple) -> None:
-    model, checkpoint, pictures, inside = trained
+    _, checkpoint, pictures, inside = trained
     model = SimpleNet.load_from_checkpoint(checkpoint)
     model.post_processor.pixel_sensitivity = 1.0
     for batch in predict(model, pictures / "test" / "bad"):
@@ -129,27 +175,21 @@ def test_predictions_mark_no_pixel_outside_at_any_sensitivity(trained: tuple) ->
 
 def test_thresholds_are_of_the_pixels_inside(trained: tuple) -> None:
     model, _, pictures, inside = trained
-    raw = [model.model(model.pre_processor.transform(image)[None]).anomaly_map for image in images_of(pictures)]
-    maps = torch.cat(raw)[:, 0, inside]
+    images = [item.image for part in ("good", "bad") for item in PredictDataset(pictures / "test" / part)]
+    maps = model.model(model.pre_processor.transform(torch.stack(images))).anomaly_map[:, 0, inside]
     torch.testing.assert_close(model.post_processor.pixel_min, maps.min(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model.post_processor.pixel_max, maps.max(), rtol=1e-5, atol=1e-6)
 
 
-def images_of(pictures: Path) -> list[torch.Tensor]:
-    return [item.image for part in ("good", "bad") for item in PredictDataset(pictures / "test" / part)]
-
-
-@pytest.mark.parametrize("pre_processor", ["resize", "none"])
-def test_export_holds_the_region(trained: tuple, tmp_path: Path, pre_processor: str) -> None:
-    _, checkpoint, pictures, inside = trained
-    model = SimpleNet.load_from_checkpoint(checkpoint)
-    if pre_processor == "none":
-        model.pre_processor = None
-    images = torch.stack(images_of(pictures)[:2])
-    expected = model.eval()(images)
-    changed = torch.where(torch.from_numpy(inside), images, torch.rand_like(images))
-    paths = [model.to_openvino(tmp_path), model.to_onnx(tmp_path)]
-    for path in paths:
+def test_exports_hold_the_region(trained: tuple, tmp_path: Path) -> None:
+    _, checkpoint, _, inside = trained
+    model = SimpleNet.load_from_checkpoint(checkpoint).eval()
+    # Twice as large as the model's input: the resize mixes pixels near the rim.
+    near = Image.fromarray(inside).convert("L").resize((SIZE[1] * 2, SIZE[0] * 2)).filter(ImageFilter.MaxFilter(9))
+    images = torch.rand(2, 3, SIZE[0] * 2, SIZE[1] * 2)
+    changed = torch.where(torch.from_numpy(np.asarray(near) > 0), images, torch.rand_like(images))
+    expected = model(images)
+    for path in (model.to_openvino(tmp_path), model.to_onnx(tmp_path)):
         compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         answer, same = (
             {key.get_any_name(): value.copy() for key, value in compiled(pixels.numpy()).items()}
@@ -165,8 +205,7 @@ def test_summarise_neither_raises_nor_lowers_the_rim() -> None:
     mask = torch.zeros(1, 1, 64, 96)
     mask[..., 13:50, 20:21] = mask[..., 33:37, 20:90] = 1  # thinner than a patch
     region, generator = Region(mask, torch.tensor(1.5)), AnomalyMapGenerator()
-    inside = region.inside((8, 12))[None]
-    scores = torch.full((2, 1, 8, 12), 1e6).masked_fill(inside, -3.0)
+    scores = torch.full((2, 1, 8, 12), 1e6).masked_fill(region.inside((8, 12)), -3.0)
     score, anomaly_map = region.summarise(scores, 1000, generator)
     torch.testing.assert_close(score, torch.tensor([-3.0, -3.0]))
     torch.testing.assert_close(anomaly_map, torch.where(mask > 0, -3.0, -torch.inf).expand(2, 1, -1, -1))
@@ -194,11 +233,11 @@ def test_read_follows_resize_and_crop(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("region", "arguments", "message"),
     [
-        ("missing.png", {}, "missing.png', expected the path of an image, white where pixels count"),
-        ("text.png", {}, "text.png', expected the path of an image, white where pixels count"),
+        ("missing.png", {}, "missing.png', expected an image, white where pixels count: .*No such file"),
+        ("text.png", {}, "text.png', expected an image, white where pixels count: cannot identify"),
         ("black.png", {}, "black.png', which has no white pixel"),
         ("rim.png", {"pre_processor": SimpleNet.configure_pre_processor((80, 64), (32, 32))}, "rim.png', which has no"),
-        ("region.png", {"pre_processor": torch.nn.Identity()}, "pre_processor is no PreProcessor of anomalib's"),
+        ("region.png", {"pre_processor": torch.nn.Identity()}, "region.png', which needs a pre_processor of anomalib"),
     ],
 )
 def test_model_refuses_regions_by_name(tmp_path: Path, region: str, arguments: dict, message: str) -> None:
@@ -214,35 +253,34 @@ def test_model_refuses_regions_by_name(tmp_path: Path, region: str, arguments: d
 
 def test_fit_refuses_images_of_another_aspect_ratio_than_the_region(pictures: Path, tmp_path: Path) -> None:
     write_region(tmp_path / "wide.png", (40, 64))
-    with pytest.raises(ValueError, match=r"000.png is 64 x 80, 0.8 times as wide as high, but region .*wide.png 1.6"):
+    with pytest.raises(ValueError, match=r"000.png is 64 x 80, but region .*wide.png 1.6 times as wide as high"):
         train(pictures, tmp_path / "wide.png")
 
 
 def test_predict_refuses_images_of_another_aspect_ratio_than_the_checkpoints_region(
     trained: tuple, tmp_path: Path
 ) -> None:
-    (tmp_path / "wide").mkdir()
-    Image.new("RGB", (128, 80)).save(tmp_path / "wide" / "0.png")
-    with pytest.raises(ValueError, match=r"0.png is 128 x 80, .* but region \(of the checkpoint\) 0.8 times"):
-        predict(SimpleNet.load_from_checkpoint(trained[1]), tmp_path / "wide")
+    folder = tmp_path / "pictures" / "test" / "wide"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (128, 80)).save(folder / "0.png")
+    with pytest.raises(ValueError, match=r"0.png is 128 x 80, but region \(of the checkpoint\) 0.8 times"):
+        predict(SimpleNet.load_from_checkpoint(trained[1]), folder)
 
 
 def test_model_refuses_images_of_another_size_than_the_region(tmp_path: Path) -> None:
     write_region(tmp_path / "region.png")
     model = tiny_model(region=tmp_path / "region.png", pre_processor=PreProcessor()).eval()
-    with pytest.raises(ValueError, match="Images are 160 x 128, but the region is for 80 x 64"):
+    with pytest.raises(ValueError, match="Images are 160 x 128, but region for 80 x 64"):
         model(torch.rand(1, 3, 160, 128))
 
 
 @pytest.mark.parametrize("trained_with", ["another", "no"])
-def test_checkpoint_of_another_region_is_refused(
-    pictures: Path, tmp_path: Path, trained: tuple, trained_with: str
-) -> None:
+def test_checkpoint_of_another_region_is_refused(trained: tuple, tmp_path: Path, trained_with: str) -> None:
     Image.new("L", (64, 80), 255).save(tmp_path / "all.png")
-    checkpoint = trained[1] if trained_with == "another" else train(pictures, None)[1]
+    checkpoint = trained[1] if trained_with == "another" else train(trained[2], None)[1]
     model = tiny_model(image_size=SIZE, region=tmp_path / "all.png")
     with pytest.raises(ValueError, match=f"The checkpoint was trained with {trained_with} region: leave region out"):
-        predict(model, pictures / "test" / "bad", checkpoint)
+        predict(model, trained[2] / "test" / "bad", checkpoint)
 
 
 def test_checkpoint_of_the_same_region_takes_it_at_its_own_image_size(trained: tuple, tmp_path: Path) -> None:
@@ -253,15 +291,14 @@ def test_checkpoint_of_the_same_region_takes_it_at_its_own_image_size(trained: t
 
 def test_pictures_and_report_show_the_region(trained: tuple, tmp_path: Path) -> None:
     _, checkpoint, pictures, inside = trained
+    pictures = shutil.copytree(pictures, tmp_path / "pictures")
     Image.new("RGB", (64, 80), (200, 200, 200)).save(pictures / "test" / "bad" / "000.png")
-    engine = Engine(default_root_dir=tmp_path, accelerator="cpu")
+    engine = Engine(default_root_dir=tmp_path / "results", accelerator="cpu")
     data = folder_data(pictures, val_split_mode="same_as_test")
     engine.test(SimpleNet.load_from_checkpoint(checkpoint), datamodule=data)
-    (page,) = tmp_path.rglob("report.html")
-    assert (
-        f"<tr><th>Region</th><td>{inside.mean():.1%} of the pixels; the others are dimmed</td></tr>" in page.read_text()
-    )
-    (picture,) = (path for path in tmp_path.rglob("images/**/000.png") if path.parent.name == "bad")
+    (page,) = tmp_path.rglob("latest/report.html")
+    assert f"<th>Region</th><td>{inside.mean():.1%} of the pixels count; the others are dimmed" in page.read_text()
+    (picture,) = (path for path in (page.parent / "images").rglob("000.png") if path.parent.name == "bad")
     with Image.open(picture) as image:
         field = np.asarray(image)[:, :256]  # the first of five
     shown = np.asarray(Image.fromarray(inside).resize((256, 256)))
