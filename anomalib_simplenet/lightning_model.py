@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, Batch
+from anomalib.data.utils.tiler import Tiler
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
@@ -34,6 +35,7 @@ from .compat import attach_trainer, pass_requests_to_export
 from .export.exporter import ExactExport
 from .extensions.brightness import MEAN, STD, normalizes_as_imagenet
 from .extensions.region import Region
+from .extensions.tiling import tiler_arguments
 from .loss import TruncatedL1Loss
 from .registry import register
 from .torch_model import SimpleNetModel
@@ -122,9 +124,8 @@ class SimpleNet(ExactExport, AnomalibModule):
         self.discriminator_lr = float(discriminator_lr)
         self.discriminator_weight_decay = float(discriminator_weight_decay)
         self.loss = TruncatedL1Loss(margin)
-        mask = None if region is None else Region.read(region, self.pre_processor)
         self.model = SimpleNetModel(**architecture)
-        self.model.region = mask
+        self.model.region = None if region is None else Region.read(region, self.pre_processor)
 
     def setup(self, stage: str) -> None:
         """Check what the trainer brings, before any work.
@@ -225,15 +226,15 @@ class SimpleNet(ExactExport, AnomalibModule):
             raise ValueError(msg)
         checkpoint["hyper_parameters"] = portable(checkpoint["hyper_parameters"], self.model)
         checkpoint["simplenet_format"] = FORMAT
+        checkpoint["simplenet_tiler"] = self.model.tiler and tiler_arguments(self.model.tiler)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take architecture and pre-processor from the checkpoint, and keep requested sensitivities.
 
         Raises:
-            ValueError: If it is no checkpoint of SimpleNet, needs a backbone that only Python can give, or was trained
-                with another region.
+            ValueError: If it is no checkpoint of SimpleNet, needs a backbone from Python, or has another region.
         """
-        attached = super().configure_callbacks()
+        attached, tiler = super().configure_callbacks(), self.model.tiler
         with keep_sensitivities(self.post_processor):
             super().on_load_checkpoint(checkpoint)
         kept = super().configure_callbacks()  # without components that the checkpoint was trained without
@@ -244,6 +245,8 @@ class SimpleNet(ExactExport, AnomalibModule):
             logger.warning("Using %s from the checkpoint.", ", ".join(f"{k}={v!r}" for k, v in found.items()))
             self.hparams.update(portable(self.hparams, self.model) | found)
             self.model = SimpleNetModel(**{name: self.hparams[name] for name in ARCHITECTURE})
+        saved = checkpoint.get("simplenet_tiler")
+        self.model.tiler = tiler or (saved and Tiler(**saved))
         try:
             trainer = self.trainer
         except RuntimeError:  # load_from_checkpoint has none

@@ -22,6 +22,7 @@ from .extensions.brightness import equalize_brightness
 from .extensions.fused_head import FusedHead, fingerprint, noisy_scores
 from .extensions.patch_sampling import sample_patches
 from .extensions.region import Region, load_region
+from .extensions.tiling import extract_tiles
 from .extensions.whitening import Affine, Whitening
 
 
@@ -61,6 +62,7 @@ class SimpleNetModel(nn.Module):
         adapter (Adapter), discriminator (Discriminator): Trained.
         anomaly_generator (AnomalyGenerator): Adds the noise.
         region (Region | None): Not in the paper: the pixels that count. ``None`` for all.
+        tiler (Tiler | None): Set by anomalib's ``TilerConfigurationCallback``: the backbone sees one tile at a time.
 
     Raises:
         ValueError: If an argument is out of its range; the message says which and what is expected.
@@ -115,6 +117,7 @@ class SimpleNetModel(nn.Module):
         self.anomaly_map_generator = AnomalyMapGenerator()
 
         self.region: Region | None = None
+        self.tiler: Any = None
         self.averaged = PolynomialAverage(self.trained) if averaging else None
         self._fused_head: FusedHead | None = None
         self._fused_from: tuple[float, ...] = ()
@@ -124,9 +127,8 @@ class SimpleNetModel(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | InferenceBatch:
         """Score normalised images ``(N, 3, H, W)``, or in training mode real and fake patches.
 
-        In training mode returns scores of real and fake patches, ``(N * h * w,)`` each, or as many as
-        ``patch_fraction`` and region leave; in eval mode, unbounded and higher for more anomalous, ``pred_score``
-        ``(N,)`` and ``anomaly_map`` ``(N, 1, H, W)``, resized and smoothed.
+        In training mode returns scores of real and fake patches, ``(N * h * w,)`` each, or as many as are drawn; in
+        eval mode ``pred_score`` ``(N,)`` and ``anomaly_map`` ``(N, 1, H, W)``, higher for more anomalous, unbounded.
         """
         features = self.extract(images)  # of each layer (N, C, h, w)
         if self.training:
@@ -161,7 +163,7 @@ class SimpleNetModel(nn.Module):
         """Extract the backbone's maps from images ``(N, 3, H, W)``: for each layer ``(N, C, h, w)``."""
         images = equalize_brightness(images, self.region) if self.normalize_brightness else images
         images = images if self.region is None else self.region.fill(images)
-        return list(self.feature_extractor(images).values())
+        return extract_tiles(self.feature_extractor, images, self.tiler)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Embed the patches of images ``(N, 3, H, W)``: ``(N, target_embed_dimension, h, w)``, on the first grid."""

@@ -97,9 +97,7 @@ def _page(trainer: Trainer, model: AnomalibModule, table: Path, defective_pixels
         "Model": model.name,
         "Data set": getattr(data, "name", None),
         "Category": getattr(data, "category", None),
-        "Region": None
-        if region is None
-        else f"{region.mask.mean().item():.1%} of the pixels count; the others are dimmed",
+        "Region": region and f"{region.mask.mean().item():.1%} of the pixels count; the others are dimmed",
         "Date": datetime.now().astimezone().isoformat(" ", "seconds"),
         "Versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
     }

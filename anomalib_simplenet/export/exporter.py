@@ -85,8 +85,15 @@ class ExactExport(ExportMixin):
         Opset 18 is the default, below which torch's exporter fails to convert its graph.
 
         Raises:
-            ValueError: If the pre-processor cannot be exported for images of any size, and ``input_size`` is ``None``.
+            ValueError: If the pre-processor cannot be exported for images of any size, and ``input_size`` is ``None``,
+                or the model has a tiler.
         """
+        if self.model.tiler is not None:
+            msg = (
+                "The model has tiles, but exported models take whole images: to export it so, set model.model.tiler to "
+                "None in Python. Scores near borders of tiles may then differ from the checkpoint's."
+            )
+            raise ValueError(msg)
         check_exportable(self._transform(), input_size)
         if input_size is None and "dynamic_axes" not in kwargs:
             # anomalib would trace an image of 2 x 2 pixels, too small to tell its size from that of its feature maps.
