@@ -53,7 +53,8 @@ def change_outside(folder: Path, inside: np.ndarray) -> None:
 
 def train(pictures: Path, region: Path | None, **arguments: object) -> tuple[SimpleNet, Path]:
     torch.manual_seed(0)
-    model = tiny_model(**{"image_size": SIZE, "region": region, "top_patches": 3, **arguments})
+    common = {"image_size": SIZE, "region": region, "top_patches": 3, "report": False}
+    model = tiny_model(**{**common, **arguments})
     engine = Engine(max_epochs=2, default_root_dir=pictures.parent / "results", accelerator="cpu", deterministic=True)
     engine.fit(model, datamodule=folder_data(pictures, val_split_mode="same_as_test"))
     return model, Path(engine.best_model_path)
