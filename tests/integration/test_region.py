@@ -140,6 +140,19 @@ def test_brightness_is_that_of_the_regions_pixels(tmp_path: Path) -> None:
     torch.testing.assert_close(*seen)  # half the light inside
 
 
+@pytest.mark.parametrize("whiten", [True, "local"])
+def test_whitening_statistics_are_those_of_the_patches_inside(tmp_path: Path, whiten: bool | str) -> None:
+    pictures = write_pictures(tmp_path / "pictures")
+    write_region(tmp_path / "region.png")
+    model, _ = train(pictures, tmp_path / "region.png", whiten=whiten)
+    images = torch.stack([item.image for item in PredictDataset(pictures / "train" / "good")])
+    embedding, inside = model.model.embed(model.pre_processor.transform(images)), model.model.region.inside((20, 16))
+    expected = embedding.mean(dim=0) if whiten == "local" else embedding[:, :, inside].mean(dim=(0, 2))[:, None, None]
+    if whiten == "local":  # those outside have the mean
+        expected[:, ~inside] = expected[:, inside].mean(dim=1, keepdim=True)
+    torch.testing.assert_close(model.model.whitening.mean, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[SimpleNet, Path, Path, np.ndarray]:
     """Model, its checkpoint, a folder of images, and the region, whose file is gone."""
@@ -172,6 +185,17 @@ def test_predictions_mark_no_pixel_outside_at_any_sensitivity(trained: tuple) ->
         assert (batch.anomaly_map[:, ~inside] == 0).all()
         assert not batch.pred_mask[:, ~inside].any()
         assert batch.pred_mask[:, inside].any()
+
+
+def test_ground_truth_outside_does_not_count(trained: tuple, tmp_path: Path) -> None:
+    _, checkpoint, pictures, inside = trained
+    changed = shutil.copytree(pictures, tmp_path / "pictures")
+    change_outside(changed, inside)
+    model = SimpleNet.load_from_checkpoint(checkpoint, visualizer=False)
+    engine = Engine(default_root_dir=tmp_path / "results", accelerator="cpu")
+    metrics = [engine.test(model, datamodule=folder_data(root)) for root in (pictures, changed)]
+    assert metrics[0] == metrics[1]
+    assert "pixel_AUROC" in metrics[0][0]
 
 
 def test_thresholds_are_of_the_pixels_inside(trained: tuple) -> None:
