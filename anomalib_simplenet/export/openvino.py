@@ -32,13 +32,10 @@ def prepend_resize(model: ov.Model, input_size: tuple[int, int] | None) -> ov.Mo
 
 
 def keep_thresholds(model: ov.Model) -> None:
-    """Keep single numbers, such as thresholds, and the table for p-values from being rounded to FP16."""
+    """Keep single numbers, such as thresholds, from being rounded to FP16."""
     for node in model.get_ops():
-        if node.get_type_name() == "Constant":
-            output = node.output(0)
-            users = {each.get_node().get_type_name() for each in output.get_target_inputs()}
-            if prod(output.get_shape()) == 1 or users & {"GreaterEqual", "LessEqual"}:
-                mark_precise(node)
+        if node.get_type_name() == "Constant" and prod(node.output(0).get_shape()) == 1:
+            mark_precise(node)
 
 
 def keep_float32(model: ov.Model) -> None:
