@@ -69,7 +69,7 @@ class SimpleNet(ExactExport, AnomalibModule):
             threshold image scores and anomaly maps, each with its own threshold, add p-values.
         evaluator (Evaluator | bool): Metrics. Defaults to ``True``: anomalib's, AUROC and F1 of images and pixels.
         visualizer (Visualizer | bool): Pictures of results. Defaults to ``True``: five panels an image.
-        report (bool): Whether to write ``predictions.csv`` and, after a test, ``report.html``. Defaults to ``True``.
+        report (bool): Whether to write ``predictions.csv`` and ``report.html``. Defaults to ``True``.
         **architecture: Arguments of :class:`anomalib_simplenet.torch_model.SimpleNetModel`.
 
     Raises:
