@@ -76,7 +76,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         visualizer (Visualizer | bool): Pictures of results. Defaults to ``True``: five panels an image.
         region (Path | str | None): Mask image, white where pixels count, resized and cropped as the images are; for a
             fixed camera. Kept in checkpoints and exports. Defaults to ``None``: all pixels count.
-        report (bool): Whether to write ``predictions.csv`` and, after a test, ``report.html``. Defaults to ``True``.
+        report (bool): Whether to write ``predictions.csv`` and ``report.html``. Defaults to ``True``.
         **architecture: Arguments of :class:`anomalib_simplenet.torch_model.SimpleNetModel`.
 
     Raises:

@@ -103,6 +103,9 @@ class SimpleNetModel(nn.Module):
         if not (isinstance(whiten, bool) or whiten == "local") or (noise == "radial" and not whiten):
             msg = f"whiten is {whiten!r}, expected True, False or 'local', and not False where noise is radial."
             raise ValueError(msg)
+        if components is not None and not whiten:
+            msg = f"components is {components}, but only whitening keeps components: set whiten to true or 'local'."
+            raise ValueError(msg)
         self.normalize_brightness, self.patch_fraction = normalize_brightness, patch_fraction
         self.top_patches = top_patches
         self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained, backbone_args)
@@ -110,7 +113,7 @@ class SimpleNetModel(nn.Module):
         dimension = sum(channels) if target_embed_dimension is None else target_embed_dimension
         self.patch_aggregation = PatchAggregation(channels, patch_size, pretrain_embed_dimension, dimension)
         self.whitening = Whitening(dimension, whiten == "local", components) if whiten else None
-        dimension = components if whiten and components else dimension
+        dimension = components or dimension
         self.adapter = Adapter(dimension, adapter_layers)
         self.anomaly_generator = AnomalyGenerator(noise_std, mix_noise, noise)
         self.discriminator = Discriminator(dimension, discriminator_layers, discriminator_hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 POINTS = 500  # of a curve, at most
-COLOURS = {"normal": "#4c8bd6", "defective": "#e4633f"}
+COLOURS = {"normal": "#4c8bd6", "defective": "#e4633f", "calibration": "#4c8bd6", "predicted": "#e4a03f"}
 LAYOUT = {
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
@@ -33,19 +34,35 @@ def candidates(scores: NDArray) -> NDArray:
     return np.concatenate([distinct[:1] - 1, (distinct[:-1] + distinct[1:]) / 2, distinct[-1:]])
 
 
-def histogram(normal: NDArray, defective: NDArray, limit: float | None) -> go.Figure:
-    """How many normal and defective images, ``(N,)`` and ``(M,)``, have which score, and the threshold, if any."""
-    scores = np.concatenate([normal, defective])
+def histogram(groups: dict[str, NDArray], limit: float | None, *, percent: bool = False) -> go.Figure:
+    """How many images of each group have which score, ``(N,)``, and the threshold, if any.
+
+    In per cent of a group, the axis is twice as high as the first group needs, or higher if another needs more: charts
+    that share the first group look alike.
+    """
+    scores = np.concatenate(list(groups.values()))
     edges = np.linspace(min(0.0, scores.min()), max(1.0, scores.max()), 51)
-    chart = _chart("Scores", "score", "images", barmode="overlay")
-    for (name, colour), values in zip(COLOURS.items(), (normal, defective), strict=True):
-        counts, _ = np.histogram(values, edges)
+    chart = _chart("Scores", "score", "% of images" if percent else "images", barmode="overlay", bargap=0)
+    heights = [np.histogram(values, edges)[0] * (100 / len(values) if percent else 1) for values in groups.values()]
+    for name, height in zip(groups, heights, strict=True):
         middle = (edges[1:] + edges[:-1]) / 2
-        chart.add_bar(x=middle.tolist(), y=counts.tolist(), name=name, marker_color=colour, opacity=0.6)
-    chart.update_layout(bargap=0)
+        chart.add_bar(x=middle.tolist(), y=height.tolist(), name=name, marker_color=COLOURS[name], opacity=0.6)
+    if percent:
+        chart.update_layout(yaxis_range=[0, max(2 * heights[0].max(), *(height.max() for height in heights))])
     if limit is not None:
         chart.add_vline(limit, line_dash="dash", line_color="#808080", annotation_text="threshold")
     return chart
+
+
+def sequence(p_values: NDArray) -> go.Figure:
+    """P-values, ``(N,)``, in the order of the images; of many images, means of as many in a row as make 500 points."""
+    size = ceil(len(p_values) / POINTS)
+    first = np.arange(0, len(p_values), size)
+    means = np.add.reduceat(p_values, first) / np.diff([*first, len(p_values)])
+    chart = _chart("P-values in order", "image", "p-value" if size == 1 else f"mean p-value of {size} images")
+    chart.add_scatter(x=(first + 1).tolist(), y=means.tolist(), mode="markers", marker_color=COLOURS["predicted"])
+    chart.add_hline(0.5, line_dash="dash", line_color="#808080", annotation_text="mean without change")
+    return chart.update_layout(yaxis_range=[0, 1.03])
 
 
 def curves(normal: NDArray, defective: NDArray, limit: float | None) -> list[go.Figure]:

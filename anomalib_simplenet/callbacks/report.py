@@ -1,4 +1,4 @@
-"""``report.html``: what a test found, on one page."""
+"""``report.html``: what a test or prediction found, on one page."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ import os
 from collections import Counter
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
+from anomalib.data import InferenceBatch
 from anomalib.utils.path import generate_output_filename
 from jinja2 import Template
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
-from . import charts
+from . import charts, drift
 from .predictions import Predictions, threshold
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from anomalib.data import ImageBatch
     from anomalib.models.components import AnomalibModule
     from lightning.pytorch import Trainer
@@ -43,15 +47,17 @@ class Scored(NamedTuple):
 
     path: Path
     score: float
+    p_value: str  # empty without a calibration
     defective: bool
 
 
 class Report(Callback):
-    """Writes ``report.html`` after a test, from the table of :class:`Predictions`, which must be called before it.
+    """Writes ``report.html`` from the table of :class:`Predictions`, which must be called before it.
 
-    The page stands beside the table, under the same number. It shows metrics and thresholds, thresholds for given
-    shares of false alarms, the distribution of scores, ROC and precision-recall curves of images, those decided worst
-    and closest, and what was tested: checkpoint, settings, data, versions. Several processes write no page.
+    The page stands beside the table, under the same number. After a test it shows metrics and thresholds, thresholds
+    for given shares of false alarms, the distribution of scores, ROC and precision-recall curves of images, those
+    decided worst and closest. After a prediction it compares scores with the calibration's and shows the most anomalous
+    images. Both name checkpoint, settings, data, versions. Several processes write no page.
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
@@ -66,58 +72,99 @@ class Report(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
         """Write the page."""
-        if trainer.world_size > 1:
-            if trainer.is_global_zero:
-                logger.info("No report is written by %d processes: test on one device for one.", trainer.world_size)
-            return
-        (table,) = (each.table for each in trainer.callbacks if isinstance(each, Predictions))
-        page = table.with_name(table.name.replace("predictions", "report")).with_suffix(".html")
-        text = _page(trainer, pl_module, table, self._defective_pixels)
-        page.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of images need not be UTF-8
-        logger.info("Report: %s", page)
+        _write(trainer, pl_module, partial(_tested, defective_pixels=self._defective_pixels))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+        """Write the page."""
+        _write(trainer, pl_module, _predicted)
 
 
-def _page(trainer: Trainer, model: AnomalibModule, table: Path, defective_pixels: bool) -> str:
+def _write(trainer: Trainer, model: AnomalibModule, results: Callable[..., dict[str, Any]]) -> None:
+    if trainer.world_size > 1:
+        if trainer.is_global_zero:
+            logger.info("No report is written by %d processes: use one device for one.", trainer.world_size)
+        return
+    (table,) = (each.table for each in trainer.callbacks if isinstance(each, Predictions))
     with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         images = [
-            Scored(Path(row["image_path"]), float(row["pred_score"]), row["gt_label"] == "1")
+            Scored(Path(row["image_path"]), float(row["pred_score"]), row["p_value"], row["gt_label"] == "1")
             for row in csv.DictReader(file)
         ]
-    normal, defective = (
-        np.array([image.score for image in images if image.defective == label]) for label in (False, True)
-    )
-    two_classes = len(normal) > 0 and len(defective) > 0
-    limit = threshold(model, "image")
-    figures = [charts.histogram(normal, defective, limit)]
-    if two_classes:
-        figures += charts.curves(normal, defective, limit)
     data, region = getattr(trainer, "datamodule", None), getattr(model.model, "region", None)
     provenance = {
-        "Checkpoint": trainer.ckpt_path or "none: the weights in memory",
         "Model": model.name,
         "Data set": getattr(data, "name", None),
         "Category": getattr(data, "category", None),
         "Region": region and f"{region.mask.mean().item():.1%} of the pixels count; the others are dimmed",
         "Date": datetime.now().astimezone().isoformat(" ", "seconds"),
+        "Checkpoint": trainer.ckpt_path or "none: the weights in memory",
         "Versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
     }
-    return TEMPLATE.render(
-        title=f"{model.name}: {provenance['Data set'] or 'test'}",
-        normal=normal.tolist(),
-        defective=defective.tolist(),
-        limit=limit,
-        pixel_limit=threshold(model, "pixel") if defective_pixels else None,
-        metrics={
+    page = table.with_name(table.name.replace("predictions", "report")).with_suffix(".html")
+    text = TEMPLATE.render(
+        title=", ".join(
+            str(part) for part in (model.name, provenance["Data set"], provenance["Date"], trainer.ckpt_path) if part
+        ),
+        limit=threshold(model, "image"),
+        provenance=provenance,
+        settings=dict(model.hparams),
+        **results(trainer, model, table.parent, images),
+    )
+    page.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of images need not be UTF-8
+    logger.info("Report: %s", page)
+
+
+def _tested(
+    trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored], defective_pixels: bool
+) -> dict[str, Any]:
+    normal, defective = (
+        np.array([image.score for image in images if image.defective == label]) for label in (False, True)
+    )
+    two_classes = len(normal) > 0 and len(defective) > 0
+    limit = threshold(model, "image")
+    figures = [charts.histogram({"normal": normal, "defective": defective}, limit)]
+    if two_classes:
+        figures += charts.curves(normal, defective, limit)
+    galleries = {}
+    if limit is not None:  # validation chooses the score of an image as threshold, and anomalib labels what lies above
+        misses = [image for image in images if image.defective and image.score < limit]
+        alarms = [image for image in images if not image.defective and image.score > limit]
+        galleries = {
+            "Worst misses": sorted(misses, key=lambda image: image.score),
+            "Worst false alarms": sorted(alarms, key=lambda image: -image.score),
+            "Closest to the threshold": sorted(images, key=lambda image: abs(image.score - limit)),
+        }
+    return {
+        "normal": normal.tolist(),
+        "defective": defective.tolist(),
+        "pixel_limit": threshold(model, "pixel") if defective_pixels else None,
+        "metrics": {
             name: float(value) if two_classes or name.startswith("pixel_") else None
             for name, value in trainer.callback_metrics.items()
             if name.startswith("image_") or (name.startswith("pixel_") and defective_pixels)
         },
-        choices=_choices(normal, defective) if two_classes else [],
-        charts=figures,
-        galleries={} if limit is None else _galleries(trainer, model, table.parent, images, limit),
-        provenance=provenance,
-        settings=dict(model.hparams),
-    )
+        "choices": _choices(normal, defective) if two_classes else [],
+        "charts": figures,
+        "galleries": _with_pictures(trainer, model, folder, images, galleries),
+    }
+
+
+def _predicted(trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored]) -> dict[str, Any]:
+    scores = np.array([image.score for image in images])
+    oddest = {"Most anomalous": sorted(images, key=lambda image: -image.score)}
+    found = {"scores": scores.tolist(), "galleries": _with_pictures(trainer, model, folder, images, oddest)}
+    processor, p_values = model.post_processor, [image.p_value for image in images]
+    if all(p_values):
+        calibration = processor.calibration_scores.to(model.device)
+        reference = processor(InferenceBatch(pred_score=calibration)).pred_score.cpu().numpy()
+        predicted = np.array(p_values, dtype=np.float32)
+        groups = {"calibration": reference, "predicted": scores}
+        found["charts"] = [
+            charts.histogram(groups, threshold(model, "image"), percent=True),
+            charts.sequence(predicted),
+        ]
+        found["verdict"] = drift.compare(predicted, processor.p_value(calibration).cpu().numpy())
+    return found
 
 
 def _choices(normal: NDArray, defective: NDArray) -> list[dict[str, Any]]:
@@ -131,21 +178,16 @@ def _choices(normal: NDArray, defective: NDArray) -> list[dict[str, Any]]:
     ]
 
 
-def _galleries(
-    trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored], limit: float
+def _with_pictures(
+    trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored], galleries: dict[str, list[Scored]]
 ) -> dict[str, list[dict[str, Any]]]:
-    images = [image for image in images if image.path.name]  # a data set of one's own may have no paths
-    # Validation chooses the score of an image as threshold, and anomalib labels only what lies above.
-    misses = [image for image in images if image.defective and image.score < limit]
-    alarms = [image for image in images if not image.defective and image.score > limit]
-    galleries = {
-        "Worst misses": sorted(misses, key=lambda image: image.score),
-        "Worst false alarms": sorted(alarms, key=lambda image: -image.score),
-        "Closest to the threshold": sorted(images, key=lambda image: abs(image.score - limit)),
-    }
-    pictures = _pictures(trainer, model, folder, images)
+    """The first images of each gallery that have a path; a data set of one's own may have none."""
+    pictures = _pictures(trainer, model, folder, [image for image in images if image.path.name])
     return {
-        title: [{"image": image, **_link(pictures.get(image.path, image.path), folder)} for image in chosen[:PICTURES]]
+        title: [
+            {"image": image, **_link(pictures.get(image.path, image.path), folder)}
+            for image in [image for image in chosen if image.path.name][:PICTURES]
+        ]
         for title, chosen in galleries.items()
     }
 

@@ -15,7 +15,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib_simplenet.calibration import CalibratedBatch, CalibratedPostProcessor
 from anomalib_simplenet.checkpoints import ARCHITECTURE, INFERENCE
 
-from .openvino import keep_float32, keep_thresholds, prepend_resize
+from .openvino import keep_float32, prepend_resize, round_weights
 from .quantization import head_operations, quantize
 from .transforms import check_exportable, exportable_transform, split_resize
 
@@ -137,16 +137,17 @@ class ExactExport(ExportMixin):
                 self.pre_processor = pre_processor
             model = ov.convert_model(onnx, **(ov_kwargs or {}))
             head = head_operations(onnx)
-        keep_thresholds(model)
         if resized:
             model = prepend_resize(model, input_size)
+        if compression_type is not None:
+            round_weights(model)
         if compression_type not in {None, CompressionType.FP16}:
             model = quantize(model, compression_type, head, datamodule, metric, max_drop)
         keep_float32(model)
         root = self._export_root(export_root, "openvino", f"{model_file_name}.xml")
         path = root / "weights" / "openvino" / f"{model_file_name}.xml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        ov.save_model(model, path, compress_to_fp16=compression_type == CompressionType.FP16)
+        ov.save_model(model, path, compress_to_fp16=False)
         return path
 
     def _transform(self, *, exportable: bool = True) -> Any:  # noqa: ANN401

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from anomalib_simplenet.compat import mark_precise
 
@@ -31,14 +32,21 @@ def prepend_resize(model: ov.Model, input_size: tuple[int, int] | None) -> ov.Mo
     return processor.build()
 
 
-def keep_thresholds(model: ov.Model) -> None:
-    """Keep single numbers, such as thresholds, and the table for p-values from being rounded to FP16."""
+def round_weights(model: ov.Model) -> None:
+    """Store weights of convolutions and matrix products in half precision.
+
+    ``openvino.save_model`` would round thresholds and the table behind p-values, too.
+    """
+    from openvino import opset1
+
     for node in model.get_ops():
-        if node.get_type_name() == "Constant":
-            output = node.output(0)
-            users = {each.get_node().get_type_name() for each in output.get_target_inputs()}
-            if prod(output.get_shape()) == 1 or users & {"GreaterEqual", "LessEqual"}:
-                mark_precise(node)
+        if node.get_type_name() in {"Convolution", "GroupConvolution", "MatMul"}:
+            for port in node.inputs():
+                weight = port.get_source_output().get_node()
+                if weight.get_type_name() == "Constant" and weight.get_element_type().get_type_name() == "f32":
+                    half = weight.data.astype(np.float16)
+                    if np.isfinite(half).all():
+                        port.replace_source_output(opset1.convert(opset1.constant(half), "f32").output(0))
 
 
 def keep_float32(model: ov.Model) -> None:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +42,7 @@ def quantize(
     metric: Metric | str | None = None,
     max_drop: float = 0.01,
 ) -> ov.Model:
-    """Quantize a model's backbone to eight bits with NNCF; its other weights are rounded to half precision.
+    """Quantize a model's backbone to eight bits with NNCF.
 
     The rest is computed in float32. It is a small part of the work, and whitening magnifies rounding errors.
 
@@ -66,7 +65,6 @@ def quantize(
             msg = f"metric is {metric!r}, expected one of {', '.join(METRICS)}, or in Python an anomalib metric."
             raise ValueError(msg)
         metric = getattr(metrics, metric)(fields=["pred_label" if metric == "F1Score" else "pred_score", "gt_label"])
-    model = _half_weights(model)
     # OpenVINO splits a convolution with bias, and calls one part NAME/WithoutBiases.
     nodes = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() not in {"Constant", "Result"}]
     ignored = [name for name in nodes if name.partition("/")[0] in head]
@@ -92,18 +90,6 @@ def quantize(
     test, validate = nncf.Dataset(datamodule.test_dataloader()), partial(_validate, metric)
     common = {"preset": preset, "ignored_scope": scope, "advanced_quantization_parameters": advanced}
     return nncf.quantize_with_accuracy_control(model, calibration, test, validate, max_drop=max_drop, **common)
-
-
-def _half_weights(model: ov.Model) -> ov.Model:
-    """Round weights to half precision, which ``openvino.save_model`` does not do in a quantized model."""
-    import openvino as ov
-
-    core = ov.Core()
-    core.set_property({"ENABLE_MMAP": False})  # the file is deleted below
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.xml"
-        ov.save_model(model, path, compress_to_fp16=True)
-        return core.read_model(path)
 
 
 def _validate(metric: Metric, model: ov.CompiledModel, batches: Iterable[ImageBatch]) -> float:

@@ -106,7 +106,7 @@ def _openvino(path: Path) -> Callable[[torch.Tensor], InferenceBatch]:
 
     def run(images: torch.Tensor) -> InferenceBatch:
         answer = compiled(images.numpy())
-        return InferenceBatch(**{output.get_any_name(): torch.tensor(value) for output, value in answer.items()})
+        return InferenceBatch(*(torch.tensor(answer[name]) for name in InferenceBatch._fields))
 
     return run
 

@@ -195,8 +195,12 @@ def test_export_gives_label_and_p_value_of_the_checkpoint(
         np.testing.assert_allclose(answer["p_value"], expected.p_value, rtol=1e-6)
         np.testing.assert_array_equal(answer["pred_label"].flatten(), expected.pred_label)
         return
-    # Rounded weights move scores; the table stays, so that p-values are those of the moved scores.
-    processor = model.post_processor
+    # Weights are rounded, which moves scores; table and thresholds are not: p-values are those of the moved scores.
+    processor, table = model.post_processor, model.post_processor.calibration_scores.numpy()
+    constants = [node for node in ov.Core().read_model(exports[kind]).get_ops() if node.get_type_name() == "Constant"]
+    assert any(np.array_equal(node.data.flatten(), table) for node in constants if node.data.size == len(table))
+    assert ov.Type.f16 in {node.get_element_type() for node in constants}
+    assert ov.Type.f16 not in {node.get_element_type() for node in constants if node.data.size == 1}
     extent = processor.image_max - processor.image_min
     score = torch.from_numpy(answer["pred_score"]).flatten()
     raw = (score - 0.5) * extent + processor.image_threshold

@@ -71,7 +71,7 @@ def make_whitened(**arguments: object) -> SimpleNetModel:
     if arguments["discriminator_hidden"] is None and arguments["target_embed_dimension"] == 5:
         arguments["target_embed_dimension"] = 12
     if not arguments["whiten"]:
-        arguments["noise"] = "gaussian"
+        arguments |= {"noise": "gaussian", "components": None}
     model = make(TwoStages(), **arguments)
     if model.whitening:
         model.whitening.fit(model.whitening.moments([model.embed(torch.randn(4, 3, 32, 48))]))
