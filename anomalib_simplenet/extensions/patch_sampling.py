@@ -14,9 +14,10 @@ def sample_patches(embedding: torch.Tensor, fraction: float = 1.0, region: Regio
     if fraction == 1 and region is None:
         return embedding.permute(0, 2, 3, 1).flatten(0, 2)
     images, _, height, width = embedding.shape
-    counting = embedding.new_ones((height, width)) if region is None else region.inside((height, width))
-    rows, columns = counting.nonzero().T
-    total = images * len(rows)
+    places = torch.arange(height * width, device=embedding.device)
+    if region is not None:
+        places = places[region.inside((height, width)).flatten()]
+    total = images * len(places)
     chosen = torch.randperm(total, device=embedding.device)[: max(1, round(fraction * total))]
-    place = chosen // images
-    return embedding[chosen % images, :, rows[place], columns[place]]
+    place = places[chosen // images]
+    return embedding[chosen % images, :, place // width, place % width]

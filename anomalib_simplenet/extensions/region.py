@@ -47,10 +47,10 @@ class Region(nn.Module):
             msg = f"region is {str(path)!r}, which needs a pre_processor of anomalib's class PreProcessor to resize it."
             raise ValueError(msg)
         try:
-            with Image.open(path) as image:
+            with Image.open(Path(path)) as image:
                 mask: torch.Tensor = Mask(torch.from_numpy(np.asarray(image.convert("L")) > 127)[None])
                 aspect_ratio = torch.tensor(image.width / image.height)
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, TypeError, ValueError) as error:
             msg = f"region is {str(path)!r}, expected an image, white where pixels count: {error}."
             raise ValueError(msg) from error
         if pre_processor is not None and pre_processor.transform is not None:

@@ -320,7 +320,7 @@ def test_pictures_and_report_show_the_region(trained: tuple, tmp_path: Path) -> 
     Image.new("RGB", (64, 80), (200, 200, 200)).save(pictures / "test" / "bad" / "000.png")
     engine = Engine(default_root_dir=tmp_path / "results", accelerator="cpu")
     data = folder_data(pictures, val_split_mode="same_as_test")
-    engine.test(SimpleNet.load_from_checkpoint(checkpoint), datamodule=data)
+    engine.test(SimpleNet.load_from_checkpoint(checkpoint, report=True), datamodule=data)
     (page,) = tmp_path.rglob("latest/report.html")
     assert f"<th>Region</th><td>{inside.mean():.1%} of the pixels count; the others are dimmed" in page.read_text()
     (picture,) = (path for path in (page.parent / "images").rglob("000.png") if path.parent.name == "bad")
