@@ -100,11 +100,9 @@ class SimpleNetModel(nn.Module):
         super().__init__()
         check_number("patch_fraction", patch_fraction, above=0, at_most=1)
         check_number("top_patches", top_patches, at_least=1, integer=True)
-        if not (isinstance(whiten, bool) or whiten == "local") or (noise == "radial" and not whiten):
-            msg = f"whiten is {whiten!r}, expected True, False or 'local', and not False where noise is radial."
-            raise ValueError(msg)
-        if components is not None and not whiten:
-            msg = f"components is {components}, but only whitening keeps components: set whiten to true or 'local'."
+        needed = noise == "radial" or components is not None
+        if not (isinstance(whiten, bool) or whiten == "local") or (needed and not whiten):
+            msg = f"whiten is {whiten!r}, expected True or 'local', or False if noise is gaussian and components None."
             raise ValueError(msg)
         self.normalize_brightness, self.patch_fraction = normalize_brightness, patch_fraction
         self.top_patches = top_patches
@@ -118,7 +116,6 @@ class SimpleNetModel(nn.Module):
         self.anomaly_generator = AnomalyGenerator(noise_std, mix_noise, noise)
         self.discriminator = Discriminator(dimension, discriminator_layers, discriminator_hidden)
         self.anomaly_map_generator = AnomalyMapGenerator()
-
         self.region: Region | None = None
         self.tiler: Any = None
         self.averaged = PolynomialAverage(self.trained) if averaging else None
