@@ -59,8 +59,7 @@ class SimpleNetModel(nn.Module):
 
     Attributes:
         feature_extractor (FeatureExtractor): Frozen backbone.
-        adapter (Adapter), discriminator (Discriminator): Trained.
-        anomaly_generator (AnomalyGenerator): Adds the noise.
+        adapter (Adapter), anomaly_generator (AnomalyGenerator), discriminator (Discriminator): Sections 3.2 to 3.4.
         region (Region | None): Not in the paper: the pixels that count. ``None`` for all.
         tiler (Tiler | None): Set by anomalib's ``TilerConfigurationCallback``: the backbone sees one tile at a time.
 
@@ -100,9 +99,11 @@ class SimpleNetModel(nn.Module):
         super().__init__()
         check_number("patch_fraction", patch_fraction, above=0, at_most=1)
         check_number("top_patches", top_patches, at_least=1, integer=True)
-        needed = noise == "radial" or components is not None
-        if not (isinstance(whiten, bool) or whiten == "local") or (needed and not whiten):
-            msg = f"whiten is {whiten!r}, expected True or 'local', or False if noise is gaussian and components None."
+        if not (isinstance(whiten, bool) or whiten == "local") or (noise == "radial" and not whiten):
+            msg = f"whiten is {whiten!r}, expected True, False or 'local', and not False where noise is radial."
+            raise ValueError(msg)
+        if components is not None and not whiten:
+            msg = f"components is {components}, but only whitening keeps components: set whiten to true or 'local'."
             raise ValueError(msg)
         self.normalize_brightness, self.patch_fraction = normalize_brightness, patch_fraction
         self.top_patches = top_patches
@@ -200,8 +201,7 @@ class SimpleNetModel(nn.Module):
             fused_from = fingerprint([adapter, discriminator], whitening)
             if self._fused_head is None or fused_from != self._fused_from:
                 linear, segments = [*whitening, *adapter], self._parts([])[1]
-                self._fused_head = FusedHead(linear, discriminator, segments)
-                self._fused_from = fused_from
+                self._fused_head, self._fused_from = FusedHead(linear, discriminator, segments), fused_from
 
     @property
     def trained(self) -> nn.ModuleList:

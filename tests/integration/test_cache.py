@@ -312,8 +312,8 @@ def test_feature_cache_is_off_or_raises_with_a_reason(
         ({"patch_fraction": 0}, "patch_fraction is 0, expected a finite number above 0 and of at most 1"),
         ({"components": 0, "whiten": True}, "components is 0, expected an integer of at least 1 and of at most"),
         ({"top_patches": 0}, "top_patches is 0, expected an integer of at least 1"),
-        ({"components": 4}, "whiten is False, expected .* components None"),
-        ({"noise": "radial"}, "whiten is False, expected .* noise is gaussian"),
+        ({"components": 4}, "components is 4, but only whitening keeps components: set whiten to true"),
+        ({"noise": "radial"}, "whiten is False, expected .* noise is radial"),
         ({"noise": "loud"}, "noise is 'loud', expected 'gaussian'"),
     ],
 )
