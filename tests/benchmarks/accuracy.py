@@ -64,10 +64,14 @@ def distance_alone(whiten: bool | str, **arguments: Any) -> SimpleNet:  # noqa: 
 # The edge preset, with one of the paper's choices, or with one of its own left out.
 ABLATIONS = {
     "3 x 3 patches": {"patch_size": 3},
-    "1,536 channels": {"patch_size": 3, "pretrain_embed_dimension": 1536, "target_embed_dimension": 1536},
     "adapter": {"adapter_layers": 1},
     "Gaussian noise": {"noise": "gaussian"},
     "one covariance": {"whiten": True},
+    "one covariance, 1,536 channels": {
+        "whiten": True,
+        "pretrain_embed_dimension": 1536,
+        "target_embed_dimension": 1536,
+    },
     "no whitening": {"whiten": False, "components": None, "noise": "gaussian", "noise_std": 0.015},
     "brightness as it is": {"normalize_brightness": False},
     "highest patch": {"top_patches": 1},
