@@ -12,7 +12,7 @@ quickstart: .venv/quickstart
 	$(BIN)/python -m anomalib_simplenet.quickstart
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 trials: .venv/dev
 	TRIALS=full $(BIN)/python -m pytest -m trial tests
