@@ -44,6 +44,8 @@ TABLE = RESULTS / "accuracy.csv"
 EDGE = "configs/model/simplenet_edge.yaml"
 LAYERS = ["blocks.2", "blocks.4"]  # strides 8 and 16, as the paper's layer2 and layer3
 SIZE = (256, 256)
+# Other backbones, for SimpleNet and distances alone: their layers, and the size of images.
+OTHERS = {"dinov2_vits14": (["blocks.8"], (448, 448))}
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 
 
@@ -169,9 +171,11 @@ def trained_predictions(folder: Folder, backbone: str, model: str, seed: int) ->
     """Train a model of :data:`MODELS`, and give its raw scores and maps of the test images."""
     make, limits = MODELS[model]
     seed_everything(seed, verbose=False)
+    layers, size = OTHERS.get(backbone, (None, SIZE))
     made = make(
+        **({"layers": layers} if layers else {}),
         backbone=f"local-dir:datasets/{backbone}",
-        pre_processor=Padim.configure_pre_processor(SIZE),  # anomalib's usual one
+        pre_processor=Padim.configure_pre_processor(size),  # anomalib's usual one
         post_processor=PostProcessor(enable_normalization=False, enable_thresholding=False),
         evaluator=False,
         visualizer=False,
