@@ -24,7 +24,7 @@ from .callbacks.feature_store import CachedBatch
 from .callbacks.final_validation import FinalValidation
 from .callbacks.hold_out import HoldOut
 from .callbacks.predictions import Predictions
-from .callbacks.region import RegionPixels
+from .callbacks.region import RegionMetrics, RegionPixels
 from .callbacks.report import Report
 from .callbacks.resume import Resume
 from .callbacks.unreadable_images import UnreadableImages
@@ -126,6 +126,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         self.loss = TruncatedL1Loss(margin)
         self.model = SimpleNetModel(**architecture)
         self.model.region = None if region is None else Region.read(region, self.pre_processor)
+        self._restored_tiler: Tiler | None = None
 
     def setup(self, stage: str) -> None:
         """Check what the trainer brings, before any work.
@@ -234,19 +235,23 @@ class SimpleNet(ExactExport, AnomalibModule):
         Raises:
             ValueError: If it is no checkpoint of SimpleNet, needs a backbone from Python, or has another region.
         """
-        attached, tiler = super().configure_callbacks(), self.model.tiler
+        attached = super().configure_callbacks()
+        tiler = None if self.model.tiler is self._restored_tiler else self.model.tiler  # a callback's
         with keep_sensitivities(self.post_processor):
             super().on_load_checkpoint(checkpoint)
         kept = super().configure_callbacks()  # without components that the checkpoint was trained without
         found = differing(checkpoint, self.hparams, self.model)
         if self.hparams.get("region"):
             Region.read(self.hparams["region"], self.pre_processor).check_equal(checkpoint["state_dict"])
+        elif "model.region.mask" not in checkpoint["state_dict"]:
+            self.model.region = None  # of an earlier checkpoint
         if found:
             logger.warning("Using %s from the checkpoint.", ", ".join(f"{k}={v!r}" for k, v in found.items()))
             self.hparams.update(portable(self.hparams, self.model) | found)
             self.model = SimpleNetModel(**{name: self.hparams[name] for name in ARCHITECTURE})
         saved = checkpoint.get("simplenet_tiler")
-        self.model.tiler = tiler or (saved and Tiler(**saved))
+        self._restored_tiler = saved and Tiler(**saved)
+        self.model.tiler = tiler or self._restored_tiler
         try:
             trainer = self.trainer
         except RuntimeError:  # load_from_checkpoint has none
@@ -263,7 +268,10 @@ class SimpleNet(ExactExport, AnomalibModule):
         final validation before checkpoint callbacks, which Lightning calls last, so that thresholds are saved with the
         weights.
         """
-        components = [RegionPixels(), *super().configure_callbacks()]
+        components: list[Callback] = [RegionPixels()]
+        for component in super().configure_callbacks():
+            inside = RegionMetrics()
+            components += [inside, component, inside.restored] if component is self.evaluator else [component]
         training = [HoldOut(), UnreadableImages(), Resume(), self.feature_cache, WhiteningPass(), FinalValidation()]
         return [*components, *training, *([Predictions(), Report()] if self.report else [])]
 

@@ -32,12 +32,14 @@ class NonSquareImageVisualizer(ImageVisualizer):
         data, region = getattr(trainer, "datamodule", None), getattr(pl_module.model, "region", None)
         names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
         for item in batch:
+            if item.image_path is None:
+                continue  # no name for its picture
             ratio = _aspect_ratio(item.image_path)
             if not 0.5 <= ratio <= 2:
                 self.field_size = round(square[0] * max(ratio, 1)), round(square[1] / min(ratio, 1))
             if (picture := self.visualize(item)) is not None:
                 picture = picture if region is None else _dim_outside(picture, region, self.field_size)
-                picture.save(generate_output_filename(item.image_path or "", folder, **names))
+                picture.save(generate_output_filename(item.image_path, folder, **names))
             self.field_size = square
 
 

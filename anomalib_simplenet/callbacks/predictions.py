@@ -57,6 +57,8 @@ class Predictions(Callback):
         name = "predictions" if trainer.world_size == 1 else f"predictions-rank{trainer.global_rank}"
         for number in count():
             self.table = folder / (f"{name}-{number}.csv" if number else f"{name}.csv")
+            if report_of(self.table).exists():
+                continue  # its table was moved
             with suppress(FileExistsError):
                 # Names of images need not be UTF-8: their bytes are written as they are.
                 self._file = self.table.open("x", newline="", encoding="utf-8", errors="surrogateescape")
@@ -92,6 +94,11 @@ class Predictions(Callback):
         del pl_module
         if trainer.predicting and trainer.world_size > 1 and type(exception) is AssertionError and not exception.args:
             exception.args = (f"Fewer images than the {trainer.world_size} processes? Then predict with one device.",)
+
+
+def report_of(table: Path) -> Path:
+    """Where the report of a table stands."""
+    return table.with_name(table.name.replace("predictions", "report")).with_suffix(".html")
 
 
 def threshold(model: AnomalibModule, kind: str) -> float | None:

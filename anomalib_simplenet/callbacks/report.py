@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from . import charts, drift
-from .predictions import Predictions, threshold
+from .predictions import Predictions, report_of, threshold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,7 +100,7 @@ def _write(trainer: Trainer, model: AnomalibModule, results: Callable[..., dict[
         "Checkpoint": trainer.ckpt_path or "none: the weights in memory",
         "Versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
     }
-    page = table.with_name(table.name.replace("predictions", "report")).with_suffix(".html")
+    page = report_of(table)
     text = TEMPLATE.render(
         title=", ".join(
             str(part) for part in (model.name, provenance["Data set"], provenance["Date"], trainer.ckpt_path) if part

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from anomalib_simplenet.compat import clone_dataloader, data_loops, wrap_dataloaders
 
 logger = logging.getLogger(__name__)
-_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for files cut off or damaged
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for files cut off or damaged
 
 
 class UnreadableImages(Callback):
@@ -36,7 +36,7 @@ def _wrap(loader: DataLoader) -> DataLoader:
     paths = image_paths(loader.dataset)
     if not paths:
         return loader
-    with suppress(*_UNREADABLE), Image.open(paths[0]) as image:  # the header of one image alone
+    with suppress(*UNREADABLE), Image.open(paths[0]) as image:  # the header of one image alone
         if image.mode.startswith(("I", "F")):
             logger.warning("%s has more than 8 bits a pixel, of which anomalib takes 8: convert such images.", paths[0])
     return clone_dataloader(loader, dataset=PathErrorDataset(loader.dataset))
@@ -44,7 +44,9 @@ def _wrap(loader: DataLoader) -> DataLoader:
 
 def image_paths(dataset: Any) -> list[Any]:  # noqa: ANN401
     """Files of ``PredictDataset``, of other data sets of images, or none."""
-    return list(getattr(dataset, "image_filenames", getattr(dataset, "samples", {}).get("image_path", [])))
+    samples: Any = getattr(dataset, "samples", None)  # a table in anomalib's data sets
+    paths = samples["image_path"] if "image_path" in getattr(samples, "columns", ()) else []
+    return list(getattr(dataset, "image_filenames", paths))
 
 
 class PathErrorDataset(wrapt.ObjectProxy):
@@ -53,7 +55,7 @@ class PathErrorDataset(wrapt.ObjectProxy):
     def __getitem__(self, index: int) -> Any:  # noqa: ANN401
         try:
             return self.__wrapped__[index]
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             if getattr(error, "filename", None) is not None:
                 raise  # of the operating system, which names the file
             problem = f"cannot be read: {type(error).__name__}: {error}. Replace or remove the file."

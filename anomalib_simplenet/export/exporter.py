@@ -45,12 +45,12 @@ class ExactExport(ExportMixin):
         return model
 
     def as_requested(self, checkpoint_path: Path | str) -> ExactExport:
-        """Load a checkpoint with the settings of inference that this model was built with, rate and sensitivities.
+        """Load a checkpoint with the settings of inference that this model was built with: rate, region, sensitivities.
 
         ``Engine.export`` builds a model anew, from the class and the checkpoint alone.
         """
         names = [name for name in INFERENCE if self.hparams.get(name, ARCHITECTURE[name]) != ARCHITECTURE[name]]
-        requested = {name: self.hparams[name] for name in [*names, "false_alarm_rate"]}
+        requested = {name: self.hparams[name] for name in [*names, "false_alarm_rate", "region"]}
         processor = self.post_processor or False
         return type(self).load_from_checkpoint(checkpoint_path, post_processor=processor, **requested)
 

@@ -28,7 +28,7 @@ def equalize_brightness(images: torch.Tensor, region: Region | None = None) -> t
     """
     mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
     pixels = (images * std).add_(mean)  # in place: large images take much memory
-    counting = pixels if region is None else pixels * (region.mask * reciprocal(region.mask.mean()))
+    counting = pixels if region is None else region.fill(pixels) * reciprocal(region.mask.mean())
     brightness = counting.mean(dim=(1, 2, 3), keepdim=True).clamp(min=DARKEST)
     return pixels.mul_(BRIGHTNESS * reciprocal(brightness)).sub_(mean).mul_(reciprocal(std))
 

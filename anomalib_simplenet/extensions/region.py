@@ -12,16 +12,18 @@ from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from torchvision.tv_tensors import Mask
 
 from anomalib_simplenet.components.ops import reciprocal
+
+SMALLEST_SHARE = 1e-6  # of a pixel in one that it is resized to
 
 
 class Region(nn.Module):
     """Pixels of the model's input that count; part of the checkpoint.
 
-    The others get one colour before the backbone sees them, and so change nothing, however far it sees. A patch counts
-    if any pixel of its cell of the grid does.
+    The others get one colour before the backbone sees them, and so change nothing, however far it sees. A pixel to
+    which resizing adds others that do not count does not count either. A patch counts if any pixel of its cell of the
+    grid does.
 
     Args:
         mask (torch.Tensor): 1 for pixels that count, 0 for the others, ``(1, 1, H, W)``. Of floats, since callbacks
@@ -48,20 +50,27 @@ class Region(nn.Module):
             raise ValueError(msg)
         try:
             with Image.open(Path(path)) as image:
-                mask: torch.Tensor = Mask(torch.from_numpy(np.asarray(image.convert("L")) > 127)[None])
+                mode = image.mode
+                outside = torch.from_numpy(np.asarray(image.convert("L")) <= 127).float().expand(1, 3, -1, -1)
                 aspect_ratio = torch.tensor(image.width / image.height)
-        except (OSError, SyntaxError, TypeError, ValueError) as error:
+        except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
             msg = f"region is {str(path)!r}, expected an image, white where pixels count: {error}."
             raise ValueError(msg) from error
+        if mode.startswith(("I", "F")):
+            msg = f"region is {str(path)!r}, which has more than 8 bits a pixel: save it with 8."
+            raise ValueError(msg)
+        mask = outside[:, :1] == 0
         if pre_processor is not None and pre_processor.transform is not None:
-            mask = pre_processor.transform(mask)
+            change = pre_processor.transform(outside) - pre_processor.transform(torch.zeros_like(outside))
+            mask = (change.abs() < SMALLEST_SHARE).all(dim=1, keepdim=True)
         if not mask.any():
             msg = (
                 f"region is {str(path)!r}, which has no white pixel (above 127) in the part of the image that the "
-                "pre_processor keeps: paint white what counts."
+                "pre_processor keeps, or none whose neighbours, with which it is resized, are white: paint white what "
+                "counts."
             )
             raise ValueError(msg)
-        return cls(mask.as_subclass(torch.Tensor)[None].float(), aspect_ratio)
+        return cls(mask.float(), aspect_ratio)
 
     def check_equal(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Refuse a checkpoint's state dict that was trained with another region, or none."""

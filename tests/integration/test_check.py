@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import openvino as ov
 import pytest
 import torch
@@ -108,6 +109,18 @@ def test_check_names_images_at_the_threshold_without_counting_them(
     assert output.count("score 0.50000, checkpoint's 0.50000, at the threshold: not counted") == 1
 
 
+def test_check_counts_scores_that_are_not_a_number(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nan = {"pred_score": np.full(1, np.nan, np.float32), "pred_label": np.zeros(1, bool)}
+    runtime = check._runtime
+    monkeypatch.setattr(check, "_runtime", lambda *given: lambda image: {**runtime(*given)(image), **nan})
+    assert run(monkeypatch, exported / "model.xml", exported / "model.ckpt", exported / "other") == 1
+    output = capsys.readouterr().out
+    assert "score        differs by at most nan" in output
+    assert "differs for 8 of 8 images" in output
+
+
 def test_check_refuses_what_it_cannot_use(
     exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -115,6 +128,7 @@ def test_check_refuses_what_it_cannot_use(
     static = ov.Core().read_model(model)
     static.reshape([1, 3, 32, 48])
     ov.save_model(static, tmp_path / "static.xml")
+    static_onnx = SimpleNet.load_from_checkpoint(checkpoint).to_onnx(tmp_path / "static", input_size=(32, 48))
     (tmp_path / "alone.xml").write_bytes(model.read_bytes())
     for name in ("broken.xml", "broken.onnx", "broken.ckpt"):
         (tmp_path / name).write_text("nothing")
@@ -132,6 +146,7 @@ def test_check_refuses_what_it_cannot_use(
         ((tmp_path / "broken.onnx", checkpoint, images), "broken.onnx, or its .bin or .data file, cannot be loaded: "),
         ((tmp_path / "alone.xml", checkpoint, images), "alone.xml, or its .bin or .data file, cannot be loaded: "),
         ((tmp_path / "static.xml", checkpoint, images), "takes [1,3,32,48], and "),
+        ((static_onnx, checkpoint, images), "takes [?,3,32,48], and "),
         ((model, without, images), f"{model} has other outputs than {without}: export this checkpoint again."),
         ((model, tmp_path / "no.ckpt", images), "no.ckpt"),
         (

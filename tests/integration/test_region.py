@@ -1,16 +1,20 @@
 """Pixels outside the region change nothing, from training to exported models."""
 
+import csv
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import openvino as ov
 import pytest
 import torch
-from anomalib.data import PredictDataset
+from anomalib.data import ImageBatch, ImageItem, PredictDataset
 from anomalib.engine import Engine
+from anomalib.metrics import AUPRO, Evaluator
 from anomalib.pre_processing import PreProcessor
 from PIL import Image, ImageFilter
+from sklearn.metrics import roc_auc_score
 
 from anomalib_simplenet import SimpleNet
 from anomalib_simplenet.components import AnomalyMapGenerator
@@ -94,6 +98,23 @@ def test_region_makes_pixels_outside_count_for_nothing(tmp_path: Path, arguments
         assert torch.equal(batch.pred_score, same.pred_score)
         assert torch.equal(batch.pred_label, same.pred_label)
         assert torch.equal(batch.anomaly_map, same.anomaly_map)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop"), [((320, 256), None), ((333, 271), None), ((70, 50), None), ((200, 160), (64, 48))]
+)
+def test_region_makes_pixels_outside_count_for_nothing_where_images_are_resized(
+    tmp_path: Path, size: tuple[int, int], crop: tuple[int, int] | None
+) -> None:
+    inside = torch.from_numpy(write_region(tmp_path / "region.png", size))
+    pre_processor = SimpleNet.configure_pre_processor(SIZE, crop)
+    model = tiny_model(pre_processor=pre_processor, region=tmp_path / "region.png", normalize_brightness=True).eval()
+    images = torch.rand(2, 3, *size)
+    answer, same = (model(each) for each in (images, torch.where(inside, images, 1 - images)))
+    assert torch.equal(answer.pred_score, same.pred_score)
+    assert torch.equal(answer.anomaly_map, same.anomaly_map)
+    worse = model(torch.where(inside, 1 - images, images))
+    assert not torch.isclose(answer.pred_score, worse.pred_score).any()
 
 
 def test_feature_cache_with_a_region_gives_the_same_weights(tmp_path: Path) -> None:
@@ -198,6 +219,71 @@ def test_ground_truth_outside_does_not_count(trained: tuple, tmp_path: Path) -> 
     assert "pixel_AUROC" in metrics[0][0]
 
 
+def test_pixel_metrics_are_of_the_pixels_inside(trained: tuple, tmp_path: Path) -> None:
+    _, checkpoint, pictures, inside = trained
+    model = SimpleNet.load_from_checkpoint(checkpoint, visualizer=False)
+    data = folder_data(pictures)
+    (metrics,) = Engine(default_root_dir=tmp_path, accelerator="cpu").test(model, datamodule=data)
+    batches = Engine(default_root_dir=tmp_path, accelerator="cpu").predict(model, dataloaders=data.test_dataloader())
+    maps = torch.cat([batch.anomaly_map for batch in batches])[:, inside]
+    truth = torch.cat([batch.gt_mask for batch in batches])[:, inside]
+    assert metrics["pixel_AUROC"] == pytest.approx(roc_auc_score(truth.flatten(), maps.flatten()), abs=1e-5)
+
+
+def test_images_whose_defects_are_outside_are_normal(trained: tuple, tmp_path: Path) -> None:
+    _, checkpoint, pictures, inside = trained
+    changed = shutil.copytree(pictures, tmp_path / "pictures")
+    Image.fromarray((~inside * 255).astype(np.uint8)).save(changed / "ground_truth" / "bad" / "000.png")
+    model = SimpleNet.load_from_checkpoint(checkpoint, visualizer=False, report=True)
+    data = folder_data(changed, val_split_mode="same_as_test")
+    Engine(default_root_dir=tmp_path / "results", accelerator="cpu").test(model, datamodule=data)
+    (table,) = (tmp_path / "results").rglob("latest/predictions.csv")
+    with table.open() as file:
+        labels = {row["image_path"][-11:]: row["gt_label"] for row in csv.DictReader(file)}
+    assert (labels["bad/000.png"], labels["bad/001.png"], labels["ood/000.png"]) == ("0", "1", "0")
+
+
+def test_fit_refuses_aupro_with_a_region(trained: tuple, tmp_path: Path) -> None:
+    write_region(tmp_path / "region.png")
+    evaluator = Evaluator(test_metrics=[AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_")])
+    with pytest.raises(ValueError, match="AUPRO, which the evaluator has, cannot leave out pixels outside region"):
+        train(trained[2], tmp_path / "region.png", evaluator=evaluator)
+
+
+def test_checkpoint_without_region_follows_one_with_a_region(trained: tuple, tmp_path: Path) -> None:
+    pictures = shutil.copytree(trained[2], tmp_path / "pictures")
+    _, plain = train(pictures, None)
+    model = SimpleNet.load_from_checkpoint(trained[1])
+    for batch, same in zip(
+        predict(model, pictures / "test" / "bad", plain),
+        predict(SimpleNet.load_from_checkpoint(plain), pictures / "test" / "bad"),
+        strict=True,
+    ):
+        assert torch.equal(batch.pred_score, same.pred_score)
+
+
+def test_export_refuses_another_region_than_the_checkpoints(trained: tuple, tmp_path: Path) -> None:
+    Image.new("L", (64, 80), 255).save(tmp_path / "all.png")
+    model = tiny_model(image_size=SIZE, region=tmp_path / "all.png")
+    with pytest.raises(ValueError, match="The checkpoint was trained with another region"):
+        Engine(default_root_dir=tmp_path).export(model, "onnx", ckpt_path=trained[1])
+
+
+def test_predict_with_a_region_takes_other_data_sets_of_images(trained: tuple) -> None:
+    class Own(torch.utils.data.Dataset):
+        samples: ClassVar = [("a.png", 0)]
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, _index: int) -> ImageItem:
+            return ImageItem(image=torch.rand(3, *SIZE))
+
+    loader = torch.utils.data.DataLoader(Own(), collate_fn=ImageBatch.collate)
+    model = SimpleNet.load_from_checkpoint(trained[1])
+    assert len(Engine(default_root_dir=trained[2].parent / "own", accelerator="cpu").predict(model, loader)) == 1
+
+
 def test_thresholds_are_of_the_pixels_inside(trained: tuple) -> None:
     model, _, pictures, inside = trained
     images = [item.image for part in ("good", "bad") for item in PredictDataset(pictures / "test" / part)]
@@ -250,7 +336,7 @@ def test_read_follows_resize_and_crop(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "half.png")
     region = Region.read(tmp_path / "half.png", SimpleNet.configure_pre_processor((50, 80), (40, 60)))
     expected = torch.zeros(1, 1, 40, 60)
-    expected[..., 30:] = 1
+    expected[..., 31:] = 1  # pixels at the rim are resized with black ones
     assert torch.equal(region.mask, expected)
     assert region.aspect_ratio == 2
 
@@ -259,6 +345,7 @@ def test_read_follows_resize_and_crop(tmp_path: Path) -> None:
     ("region", "arguments", "message"),
     [
         ("missing.png", {}, "missing.png', expected an image, white where pixels count: .*No such file"),
+        ("deep.png", {}, "deep.png', which has more than 8 bits a pixel"),
         ("text.png", {}, "text.png', expected an image, white where pixels count: cannot identify"),
         ("black.png", {}, "black.png', which has no white pixel"),
         ("rim.png", {"pre_processor": SimpleNet.configure_pre_processor((80, 64), (32, 32))}, "rim.png', which has no"),
@@ -267,6 +354,7 @@ def test_read_follows_resize_and_crop(tmp_path: Path) -> None:
 )
 def test_model_refuses_regions_by_name(tmp_path: Path, region: str, arguments: dict, message: str) -> None:
     (tmp_path / "text.png").write_text("no image")
+    Image.fromarray(np.full(SIZE, 300, dtype=np.uint16)).save(tmp_path / "deep.png")
     Image.new("L", (64, 80), 127).save(tmp_path / "black.png")
     rim = np.zeros(SIZE, dtype=np.uint8)
     rim[:5] = 255

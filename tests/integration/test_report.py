@@ -142,9 +142,15 @@ def test_report_of_a_second_run_keeps_the_first_and_can_be_off(pictures: Path, t
     engine.test(tiny_model(), datamodule=folder_data(pictures), ckpt_path=checkpoint)
     assert (tested / "report.html").read_bytes() == before
     assert (tested / "report-1.html").is_file()
+    (tested / "predictions.csv").rename(tested / "mine.csv")
+    Engine(default_root_dir=pictures.parent / "results", accelerator="cpu").test(
+        tiny_model(), datamodule=folder_data(pictures), ckpt_path=checkpoint
+    )
+    assert (tested / "report.html").read_bytes() == before
+    (tested / "mine.csv").rename(tested / "predictions.csv")
     engine = Engine(default_root_dir=pictures.parent / "results", accelerator="cpu")
     engine.predict(tiny_model(report=False), data_path=pictures / "test" / "good")
-    assert not (tested / "predictions-2.csv").exists()
+    assert not (tested / "predictions-3.csv").exists()
 
 
 def test_report_is_written_without_thresholds_masks_and_pictures(pictures: Path) -> None:

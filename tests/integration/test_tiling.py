@@ -107,6 +107,15 @@ def test_tiler_of_the_callback_is_kept_by_the_checkpoint(pictures: Path) -> None
     assert not torch.equal(tiles, whole)
 
 
+def test_checkpoint_without_tiles_follows_one_with_tiles(pictures: Path) -> None:
+    _, tiles = train(pictures)
+    engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "whole", accelerator="cpu")
+    engine.fit(tiny_model(**QUIET), datamodule=folder_data(pictures, val_split_mode="same_as_test"))
+    whole = Path(engine.best_model_path)
+    expected = predict(SimpleNet.load_from_checkpoint(whole), pictures)
+    assert torch.equal(predict(SimpleNet.load_from_checkpoint(tiles), pictures, whole), expected)
+
+
 def test_feature_cache_with_tiles_gives_the_same_weights(pictures: Path) -> None:
     (cached, _), (plain, _) = (train(pictures, whiten="local", feature_cache=cache) for cache in (True, False))
     for (name, value), same in zip(cached.state_dict().items(), plain.state_dict().values(), strict=True):
