@@ -14,21 +14,12 @@ from lightning.pytorch.callbacks import Callback
 if TYPE_CHECKING:
     from anomalib.data import ImageBatch
     from anomalib.models.components import AnomalibModule
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = (
-    "image_path",
-    "pred_score",
-    "p_value",
-    "pred_label",
-    "gt_label",
-    "image_threshold",
-    "pixel_threshold",
-    "model",
-    "checkpoint",
-)
+_OF_ONE_IMAGE = ("image_path", "pred_score", "p_value", "pred_label", "gt_label")
+COLUMNS = (*_OF_ONE_IMAGE, "image_threshold", "pixel_threshold", "model", "checkpoint")
 
 
 class Predictions(Callback):
@@ -77,9 +68,8 @@ class Predictions(Callback):
         self._writer.writerows([*row, *same] for row in rows)
         self._file.flush()
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, *_args: object) -> None:
         """Close the table."""
-        del trainer, pl_module
         self._file.close()
         logger.info("Predictions: %s", self.table)
 
@@ -87,24 +77,12 @@ class Predictions(Callback):
     on_predict_batch_end = on_test_batch_end
     on_predict_end = on_test_end
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Explain the bare assertion of Lightning's sampler for prediction: each process needs an image."""
-        del pl_module
-        if trainer.predicting and trainer.world_size > 1 and type(exception) is AssertionError and not exception.args:
-            exception.args = (f"Fewer images than the {trainer.world_size} processes? Then predict with one device.",)
-
 
 def threshold(model: AnomalibModule, kind: str) -> float | None:
     """Threshold of a model's normalised scores, ``1 - sensitivity``: what lies above is labelled defective.
 
-    Args:
-        model (AnomalibModule): The model.
-        kind (str): ``"image"`` or ``"pixel"``.
-
-    Returns:
-        float | None: The threshold, ``None`` where the model has no labels.
+    ``kind`` is ``"image"`` or ``"pixel"``; ``None`` where the model has no labels.
     """
-    processor = model.post_processor
-    if processor is None or not getattr(processor, "enable_thresholding", False):
+    if not getattr(model.post_processor, "enable_thresholding", False):
         return None
-    return getattr(processor, f"normalized_{kind}_threshold").item()
+    return getattr(model.post_processor, f"normalized_{kind}_threshold").item()

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anomalib_simplenet.calibration import (
-    LARGEST_TABLE,
     CalibratedPostProcessor,
     calibrated,
     guarantee,
@@ -103,17 +102,6 @@ def test_sensitivity_of_one_half_leaves_the_threshold_and_others_move_it() -> No
         assert raw[answer.pred_mask.flatten()].min() == pytest.approx(80 + 1 + (80 - threshold), abs=1.01)
         assert torch.equal(answer.p_value, processor.p_value(raw))
     assert torch.equal(processor_of(normal, 0.1)(predictions).pred_label, raw > 80)
-
-
-def test_table_of_many_images_is_thinned_without_lower_p_values_or_thresholds() -> None:
-    scores = torch.rand(2 * LARGEST_TABLE + 5001, generator=torch.Generator().manual_seed(0))
-    thin, full = validated(scores, 0.01), processor_of(scores, 0.01)
-    raw = torch.linspace(0, 1, 500)
-    more = thin.p_value(raw) - full.p_value(raw)
-    assert len(thin.calibration_scores) <= LARGEST_TABLE
-    assert more.min() > -1e-6
-    assert more.max() < 5e-4
-    assert 0 <= thin.image_threshold - full.image_threshold < 1e-3
 
 
 def validated(scores: torch.Tensor, rate: float | None = None, **fields: object) -> CalibratedPostProcessor:
