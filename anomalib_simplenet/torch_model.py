@@ -105,8 +105,8 @@ class SimpleNetModel(nn.Module):
         if components is not None and not whiten:
             msg = f"components is {components}, but only whitening keeps components: set whiten to true or 'local'."
             raise ValueError(msg)
-        self.normalize_brightness, self.patch_fraction = normalize_brightness, patch_fraction
-        self.top_patches = top_patches
+        self.normalize_brightness = normalize_brightness
+        self.patch_fraction, self.top_patches = patch_fraction, top_patches
         self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained, backbone_args)
         channels = self.feature_extractor.channels
         dimension = sum(channels) if target_embed_dimension is None else target_embed_dimension

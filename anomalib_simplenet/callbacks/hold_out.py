@@ -34,8 +34,7 @@ class HoldOut(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
         """Hold images out, before anything reads the training images.
 
-        Raises:
-            ValueError: If there are too few normal images for the rate, or the checkpoint was trained on some of them.
+        A ``ValueError`` says if there are too few for the rate, or the checkpoint was trained on some of them.
         """
         processor, data = pl_module.post_processor, trainer.datamodule
         rate = getattr(processor, "false_alarm_rate", None)

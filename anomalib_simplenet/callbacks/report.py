@@ -60,14 +60,12 @@ class Report(Callback):
     images. Both name checkpoint, settings, data, versions. Several processes write no page.
     """
 
-    def on_test_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_test_start(self, *_args: object) -> None:
         """Forget the last test's masks."""
-        del trainer, pl_module
         self._defective_pixels = False
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: AnomalibModule, outputs: ImageBatch, *_args) -> None:
+    def on_test_batch_end(self, _trainer: Trainer, _pl_module: AnomalibModule, outputs: ImageBatch, *_args) -> None:
         """Look for defective pixels in a batch's masks: without any, metrics of pixels mean nothing."""
-        del trainer, pl_module
         self._defective_pixels |= outputs.gt_mask is not None and bool(outputs.gt_mask.any())
 
     def on_test_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:

@@ -15,11 +15,7 @@ class WhiteningPass(Callback):
     """Fit the model's whitening on all training images, unless training resumes from a checkpoint that holds it."""
 
     def setup(self, trainer: Trainer, pl_module: AnomalibModule, stage: str) -> None:
-        """Refuse what copies the model before its matrices have a size.
-
-        Raises:
-            ValueError: If Lightning's ``WeightAveraging`` meets local whitening.
-        """
+        """Refuse Lightning's ``WeightAveraging``, which copies the model, before local matrices have a size."""
         averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
         if stage == "fit" and averages and getattr(pl_module.model.whitening, "local", False):
             msg = 'whiten is "local", which Lightning\'s WeightAveraging cannot average: set averaging to true instead.'
@@ -29,7 +25,7 @@ class WhiteningPass(Callback):
         """Average anew and fit the whitening."""
         model = pl_module.model
         if model.averaged is not None and not resumes(trainer):
-            model.averaged.reset()
+            model.averaged.steps.zero_()
         if model.whitening is None or (model.whitening.fitted and resumes(trainer)):
             return
         features = iterate_features(trainer, pl_module, "Whitening")
