@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 def attach_trainer(module: LightningModule, trainer: Trainer | None, epochs: int) -> None:
     """Set ``LightningModule.trainer``; a fit that the user gave no limit of epochs, steps or time gets ``epochs``.
 
-    Purpose: the paper's schedule by default. Lightning puts 1000 epochs in place of nothing right after this moment,
-    before any hook, and the user's own 1000 cannot be told from them. ``Trainer.max_epochs`` has no setter.
+    Right after this moment, before any hook, Lightning puts 1000 epochs in place of nothing, which cannot be told from
+    the user's own 1000. ``Trainer.max_epochs`` has no setter.
     """
     LightningModule.trainer.fset(module, trainer)
     if trainer is None or trainer.state.fn != TrainerFn.FITTING:
@@ -43,10 +43,9 @@ def attach_trainer(module: LightningModule, trainer: Trainer | None, epochs: int
 
 
 def run_validation(trainer: Trainer) -> None:
-    """Validate in the middle of a fit, as Lightning does at an epoch's end.
+    """Validate in the middle of a fit, as Lightning does at an epoch's end; ``Trainer.validate`` would end the fit.
 
-    Purpose: thresholds for the last weights, whatever ended training. ``Trainer.validate`` would end the fit
-    (https://github.com/Lightning-AI/pytorch-lightning/issues/4539 asked to validate on the last epoch).
+    https://github.com/Lightning-AI/pytorch-lightning/issues/4539 asked to validate on the last epoch.
     """
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()
@@ -78,16 +77,16 @@ def one_try_at_the_hub() -> Iterator[Exception | None]:
     if constants.HF_HUB_OFFLINE:
         yield OSError("HF_HUB_OFFLINE is set, and they are not in the cache.")
         return
+    unreachable = None
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # noqa: BLE001  # httpx's or requests', with the version of huggingface_hub
-        constants.HF_HUB_OFFLINE = True
-        try:
-            yield OSError(f"{constants.ENDPOINT} is not reachable ({error or type(error).__name__}).")
-        finally:
-            constants.HF_HUB_OFFLINE = False
-    else:
-        yield None
+        unreachable = OSError(f"{constants.ENDPOINT} is not reachable ({error or type(error).__name__}).")
+    constants.HF_HUB_OFFLINE = unreachable is not None
+    try:
+        yield unreachable
+    finally:
+        constants.HF_HUB_OFFLINE = False
 
 
 def data_loops(trainer: Trainer) -> tuple[Any, ...]:
@@ -105,10 +104,10 @@ def wrap_dataloaders(loop: Any, name: str, wrap: Callable[[Any], Any] | None) ->
     """
     source = loop._data_source  # noqa: SLF001
     wraps = {**getattr(source, "wraps", {}), name: wrap}
-    loop._data_source = _WrappedSource(source.instance, source.name)  # noqa: SLF001
-    loop._data_source.wraps = wraps  # noqa: SLF001
+    loop._data_source = _WrappedSource(source.instance, source.name, wraps)  # noqa: SLF001
 
 
+@dataclass
 class _WrappedSource(_DataLoaderSource):
     wraps: dict[str, Callable[[Any], Any] | None]
 
@@ -153,9 +152,8 @@ def batch_to_device(trainer: Trainer, batch: Any) -> Any:  # noqa: ANN401
 def mark_precise(node: ov.Node) -> None:
     """Keep an OpenVINO operation in float32 on processors that compute in bfloat16 by default.
 
-    ``precise_0`` is the serialized name of OpenVINO's ``DisableFP16Compression`` attribute
-    (``src/common/transformations/include/transformations/rt_info/disable_fp16_compression.hpp``), which has no public
-    Python name. The public ``INFERENCE_PRECISION_HINT`` is the user's to set and cannot be saved in a model.
+    ``precise_0`` is the serialized name of OpenVINO's ``DisableFP16Compression`` attribute, which has no public Python
+    name. The public ``INFERENCE_PRECISION_HINT`` is the user's to set and cannot be saved in a model.
     """
     node.get_rt_info()["precise_0"] = ""
 

@@ -89,8 +89,6 @@ class SimpleNet(ExactExport, AnomalibModule):
         >>> engine.train(SimpleNet(), datamodule=Folder("cells", root="cells", normal_dir="good"))  # doctest: +SKIP
     """
 
-    model: SimpleNetModel
-
     def __init__(
         self,
         *,

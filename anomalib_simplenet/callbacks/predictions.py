@@ -37,8 +37,6 @@ class Predictions(Callback):
         table (Path): The table of the current or last run.
     """
 
-    table: Path
-
     def on_test_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
         """Create a table that no other run has."""
         if threshold(pl_module, "image") is not None and pl_module.post_processor.image_threshold.isnan():
@@ -57,14 +55,11 @@ class Predictions(Callback):
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: AnomalibModule, outputs: ImageBatch, *_args) -> None:
         """Write a batch's rows."""
-        scores = outputs.pred_score.flatten().tolist()
-        unknown = [None] * len(scores)
-        labels = unknown if outputs.pred_label is None else outputs.pred_label.int().flatten().tolist()
-        p_value = getattr(outputs, "p_value", None)
-        p_values = unknown if p_value is None else p_value.tolist()
-        truth = unknown if outputs.gt_label is None else outputs.gt_label.int().flatten().tolist()
+        unknown = [None] * len(outputs.pred_score)
+        given = (outputs.pred_score, outputs.p_value, outputs.pred_label, outputs.gt_label)
+        columns = (unknown if each is None else (each + 0).flatten().tolist() for each in given)  # booleans as 0 and 1
         same = [threshold(pl_module, "image"), threshold(pl_module, "pixel"), pl_module.name, trainer.ckpt_path]
-        rows = zip(outputs.image_path or unknown, scores, p_values, labels, truth, strict=True)
+        rows = zip(outputs.image_path or unknown, *columns, strict=True)
         self._writer.writerows([*row, *same] for row in rows)
         self._file.flush()
 
