@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,6 @@ from torch.utils.data import DataLoader
 from wrapt import register_post_import_hook, wrap_function_wrapper
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     import openvino as ov
 
 
@@ -173,9 +171,7 @@ def pass_requests_to_export() -> None:
             call.arguments.update(model=model.as_requested(Path(path).resolve()), ckpt_path=None)
         return wrapped(*call.args, **call.kwargs)
 
-    def patch(module: ModuleType) -> None:
-        wrap_function_wrapper(module, "Engine.export", export)
-
+    patch = partial(wrap_function_wrapper, name="Engine.export", wrapper=export)
     register_post_import_hook(patch, "anomalib.engine.engine")
 
 

@@ -1,19 +1,13 @@
 """Pictures of results."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 from PIL import Image
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
-    from anomalib_simplenet.extensions.region import Region
+from .extensions.region import Region
 
 DIMMED = 0.35  # of their brightness, pixels outside the region
 
@@ -28,24 +22,18 @@ class NonSquareImageVisualizer(ImageVisualizer):
     field_size: tuple[int, int]
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, *_args, **_kwargs) -> None:  # noqa: ANN001, ARG002
-        """Save the pictures of a batch."""
-        square, region = self.field_size, getattr(pl_module.model, "region", None)
+        """Save the pictures of a batch, by default in the results folder of this run."""
+        square, folder = self.field_size, self.output_dir or Path(trainer.default_root_dir) / "images"
+        data, region = getattr(trainer, "datamodule", None), getattr(pl_module.model, "region", None)
+        names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
         for item in batch:
             ratio = _aspect_ratio(item.image_path)
             if not 0.5 <= ratio <= 2:
                 self.field_size = round(square[0] * max(ratio, 1)), round(square[1] / min(ratio, 1))
             if (picture := self.visualize(item)) is not None:
                 picture = picture if region is None else _dim_outside(picture, region, self.field_size)
-                picture.save(picture_path(self, trainer, item.image_path or ""))
+                picture.save(generate_output_filename(item.image_path or "", folder, **names))
             self.field_size = square
-
-
-def picture_path(visualizer: ImageVisualizer, trainer: Trainer, image: str | Path, *, mkdir: bool = True) -> Path:
-    """Where a visualizer saves the picture of an image, by default in the results folder of this run."""
-    folder = visualizer.output_dir or Path(trainer.default_root_dir) / "images"
-    data = getattr(trainer, "datamodule", None)
-    names = getattr(data, "name", None), getattr(data, "category", None)
-    return generate_output_filename(image, folder, *names, mkdir=mkdir)
 
 
 def _dim_outside(picture: Image.Image, region: Region, size: tuple[int, int]) -> Image.Image:

@@ -18,11 +18,10 @@ from urllib.parse import quote
 
 import numpy as np
 from anomalib.data import InferenceBatch
+from anomalib.utils.path import generate_output_filename
 from jinja2 import Template
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
-
-from anomalib_simplenet.visualizer import picture_path
 
 from . import charts, drift
 from .predictions import Predictions, threshold
@@ -181,7 +180,7 @@ def _with_pictures(
     trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored], galleries: dict[str, list[Scored]]
 ) -> dict[str, list[dict[str, Any]]]:
     """The first images of each gallery that have a path; a data set of one's own may have none."""
-    pictures = _pictures(trainer, model, [image for image in images if image.path.name])
+    pictures = _pictures(trainer, model, folder, [image for image in images if image.path.name])
     return {
         title: [
             {"image": image, **_link(pictures.get(image.path, image.path), folder)}
@@ -191,11 +190,14 @@ def _with_pictures(
     }
 
 
-def _pictures(trainer: Trainer, model: AnomalibModule, images: list[Scored]) -> dict[Path, Path]:
+def _pictures(trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored]) -> dict[Path, Path]:
     """The pictures of images that the visualizer saved and, where folders of one name exist, did not overwrite."""
     if model.visualizer is None:
         return {}
-    saved = {image.path: picture_path(model.visualizer, trainer, image.path, mkdir=False) for image in images}
+    target = model.visualizer.output_dir or folder / "images"
+    data = getattr(trainer, "datamodule", None)
+    names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
+    saved = {image.path: generate_output_filename(image.path, target, **names, mkdir=False) for image in images}
     times = Counter(saved.values())
     return {path: picture for path, picture in saved.items() if times[picture] == 1 and picture.is_file()}
 

@@ -1,7 +1,5 @@
 """Pre-processing transforms in a form that exported models compute exactly."""
 
-from __future__ import annotations
-
 import logging
 
 import torch
