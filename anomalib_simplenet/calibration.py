@@ -40,10 +40,8 @@ class CalibratedPostProcessor(PostProcessor):
     pixel threshold keeps the same rate of normal images with any pixel marked. Otherwise thresholds are anomalib's.
     Sensitivities act on top: 0.5 leaves the rate alone, others move the threshold away from it.
 
-    Tables and rate are saved in checkpoints, not in the state dict: a checkpoint loads with any post-processor.
-
-    Args:
-        **settings: Arguments of anomalib's ``PostProcessor``.
+    Tables and rate are saved in checkpoints, not in the state dict: a checkpoint loads with any post-processor. Takes
+    the arguments of anomalib's ``PostProcessor``.
 
     Attributes:
         false_alarm_rate (float | None): ``false_alarm_rate`` of ``SimpleNet``.
@@ -155,13 +153,12 @@ class CalibratedPostProcessor(PostProcessor):
         return super().pixel_threshold if rate is None else self._conformal(self.calibration_peaks, rate)
 
     def _conformal(self, table: torch.Tensor, rate: float) -> torch.Tensor:
-        alarms = allowed_alarms(rate, len(table))
-        return table[len(table) - alarms].to(self.image_min.device)
+        return table[-allowed_alarms(rate, len(table))].to(self.image_min.device)
 
 
 def calibrated(processor: nn.Module | None, rate: float | None) -> nn.Module | None:
     """Give a model's post-processor a rate of false alarms; anomalib's own is replaced by one that can keep it."""
-    if isinstance(processor, PostProcessor) and type(processor) is PostProcessor:
+    if processor is not None and type(processor) is PostProcessor:
         processor = CalibratedPostProcessor(**processor.checkpoint_config())
     if rate is None:
         return processor

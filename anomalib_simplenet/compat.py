@@ -4,8 +4,6 @@ Each function says what it is for and, where there is one, the upstream thread; 
 a sentence what changed should one stop working.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -13,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -21,9 +19,6 @@ from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSourc
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from wrapt import register_post_import_hook, wrap_function_wrapper
-
-if TYPE_CHECKING:
-    import openvino as ov
 
 
 def attach_trainer(module: LightningModule, trainer: Trainer | None, epochs: int) -> None:
@@ -97,8 +92,7 @@ def wrap_dataloaders(loop: Any, name: str, wrap: Callable[[Any], Any] | None) ->
     """Pass the data loaders that one of the trainer's loops is going to ask for through a function.
 
     Lightning has no public hook between a data loader's making and its use. Wrapping when the loop asks, not before,
-    lets tuners change the batch size. ``wrap`` takes what data modules or users give, and replaces the function of the
-    same ``name``, if there is one; ``None`` removes it.
+    lets tuners change the batch size. ``wrap`` takes what data modules or users give, and replaces that of its name.
     """
     source = loop._data_source  # noqa: SLF001
     wraps = {**getattr(source, "wraps", {}), name: wrap}
@@ -147,8 +141,8 @@ def batch_to_device(trainer: Trainer, batch: Any) -> Any:  # noqa: ANN401
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def mark_precise(node: ov.Node) -> None:
-    """Keep an OpenVINO operation in float32 on processors that compute in bfloat16 by default.
+def mark_precise(node: Any) -> None:  # noqa: ANN401
+    """Keep an ``openvino.Node`` in float32 on processors that compute in bfloat16 by default.
 
     ``precise_0`` is the serialized name of OpenVINO's ``DisableFP16Compression`` attribute, which has no public Python
     name. The public ``INFERENCE_PRECISION_HINT`` is the user's to set and cannot be saved in a model.

@@ -8,15 +8,13 @@ from anomalib.data import InferenceBatch
 from torch import nn
 
 from .checks import check_number
-from .components import (
-    Adapter,
-    AnomalyGenerator,
-    AnomalyMapGenerator,
-    Discriminator,
-    FeatureExtractor,
-    PatchAggregation,
-)
+from .components.adapter import Adapter
+from .components.anomaly_generator import AnomalyGenerator
+from .components.anomaly_map import AnomalyMapGenerator
+from .components.discriminator import Discriminator
+from .components.feature_extractor import FeatureExtractor
 from .components.ops import non_finite
+from .components.patch_aggregation import PatchAggregation
 from .extensions.averaging import PolynomialAverage
 from .extensions.brightness import equalize_brightness
 from .extensions.fused_head import FusedHead, fingerprint, noisy_scores

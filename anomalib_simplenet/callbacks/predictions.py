@@ -32,9 +32,7 @@ class Predictions(Callback):
 
     With several processes each writes the images that Lightning assigns to it, some of them twice in a test, to a table
     of its own: ``predictions-rank0.csv``, ``predictions-rank1.csv``, ... Test and predict on one device for one table.
-
-    Attributes:
-        table (Path): The table of the current or last run.
+    ``table`` is the path of that of the current or last run.
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:

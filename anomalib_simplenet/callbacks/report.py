@@ -89,20 +89,19 @@ def _write(trainer: Trainer, model: AnomalibModule, results: Callable[..., dict[
             for row in csv.DictReader(file)
         ]
     data, region = getattr(trainer, "datamodule", None), getattr(model.model, "region", None)
+    date = datetime.now().astimezone().isoformat(" ", "seconds")
     provenance = {
         "Model": model.name,
         "Data set": getattr(data, "name", None),
         "Category": getattr(data, "category", None),
         "Region": region and f"{region.mask.mean().item():.1%} of the pixels count; the others are dimmed",
-        "Date": datetime.now().astimezone().isoformat(" ", "seconds"),
+        "Date": date,
         "Checkpoint": trainer.ckpt_path or "none: the weights in memory",
         "Versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
     }
     page = table.with_name(table.name.replace("predictions", "report")).with_suffix(".html")
     text = TEMPLATE.render(
-        title=", ".join(
-            str(part) for part in (model.name, provenance["Data set"], provenance["Date"], trainer.ckpt_path) if part
-        ),
+        title=", ".join(str(part) for part in (model.name, provenance["Data set"], date, trainer.ckpt_path) if part),
         limit=threshold(model, "image"),
         provenance=provenance,
         settings=dict(model.hparams),
@@ -115,9 +114,8 @@ def _write(trainer: Trainer, model: AnomalibModule, results: Callable[..., dict[
 def _tested(
     trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored], defective_pixels: bool
 ) -> dict[str, Any]:
-    normal, defective = (
-        np.array([image.score for image in images if image.defective == label]) for label in (False, True)
-    )
+    normal = np.array([image.score for image in images if not image.defective])
+    defective = np.array([image.score for image in images if image.defective])
     two_classes = len(normal) > 0 and len(defective) > 0
     limit = threshold(model, "image")
     figures = [charts.histogram({"normal": normal, "defective": defective}, limit)]
@@ -157,10 +155,8 @@ def _predicted(trainer: Trainer, model: AnomalibModule, folder: Path, images: li
         reference = processor(InferenceBatch(pred_score=calibration)).pred_score.cpu().numpy()
         predicted = np.array(p_values, dtype=np.float32)
         groups = {"calibration": reference, "predicted": scores}
-        found["charts"] = [
-            charts.histogram(groups, threshold(model, "image"), percent=True),
-            charts.sequence(predicted),
-        ]
+        histogram = charts.histogram(groups, threshold(model, "image"), percent=True)
+        found["charts"] = [histogram, charts.sequence(predicted)]
         found["verdict"] = drift.compare(predicted, processor.p_value(calibration).cpu().numpy())
     return found
 

@@ -45,10 +45,7 @@ class ExactExport(ExportMixin):
         return model
 
     def as_requested(self, checkpoint_path: Path | str) -> ExactExport:
-        """Load a checkpoint with the settings of inference that this model was built with, rate and sensitivities.
-
-        ``Engine.export`` builds a model anew, from the class and the checkpoint alone.
-        """
+        """Load a checkpoint with the settings of inference that this model was built with, rate and sensitivities."""
         names = [name for name in INFERENCE if self.hparams.get(name, ARCHITECTURE[name]) != ARCHITECTURE[name]]
         requested = {name: self.hparams[name] for name in [*names, "false_alarm_rate"]}
         processor = self.post_processor or False
@@ -64,10 +61,9 @@ class ExactExport(ExportMixin):
         return self.post_processor(predictions) if self.post_processor else predictions
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export as anomalib does. Without a folder from the user, exports are written beside the checkpoint.
+        """Export as anomalib does, but never a rate of false alarms that the post-processor cannot keep.
 
-        Raises:
-            ValueError: If the post-processor cannot keep its rate of false alarms.
+        Without a folder from the user, exports are written beside the checkpoint.
         """
         if isinstance(self.post_processor, CalibratedPostProcessor):
             self.post_processor.check_rate()
