@@ -12,8 +12,7 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.optim import Adam, Optimizer
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize

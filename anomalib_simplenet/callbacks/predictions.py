@@ -1,20 +1,13 @@
 """``predictions.csv``: a row for each image that a model scored."""
 
-from __future__ import annotations
-
 import csv
 import logging
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lightning.pytorch.callbacks import Callback
-
-if TYPE_CHECKING:
-    from anomalib.data import ImageBatch
-    from anomalib.models.components import AnomalibModule
-    from lightning.pytorch import Trainer
+from anomalib.data import ImageBatch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +28,7 @@ class Predictions(Callback):
     ``table`` is the path of that of the current or last run.
     """
 
-    def on_test_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create a table that no other run has."""
         if threshold(pl_module, "image") is not None and pl_module.post_processor.image_threshold.isnan():
             logger.warning("Labels mean nothing: these weights have no thresholds, since they were never validated.")
@@ -51,7 +44,7 @@ class Predictions(Callback):
         self._writer = csv.writer(self._file)
         self._writer.writerow(COLUMNS)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: AnomalibModule, outputs: ImageBatch, *_args) -> None:
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: ImageBatch, *_args) -> None:
         """Write a batch's rows."""
         unknown = [None] * len(outputs.pred_score)
         given = (outputs.pred_score, outputs.p_value, outputs.pred_label, outputs.gt_label)
@@ -71,7 +64,7 @@ class Predictions(Callback):
     on_predict_end = on_test_end
 
 
-def threshold(model: AnomalibModule, kind: str) -> float | None:
+def threshold(model: LightningModule, kind: str) -> float | None:
     """Threshold of a model's normalised scores, ``1 - sensitivity``: what lies above is labelled defective.
 
     ``kind`` is ``"image"`` or ``"pixel"``; ``None`` where the model has no labels.

@@ -1,38 +1,30 @@
 """``report.html``: what a test or prediction found, on one page."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import io
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
-from anomalib.data import InferenceBatch
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.utils.path import generate_output_filename
 from jinja2 import Template
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from numpy.typing import NDArray
 from PIL import Image
 
 from . import charts, drift
 from .predictions import Predictions, threshold
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from anomalib.data import ImageBatch
-    from anomalib.models.components import AnomalibModule
-    from lightning.pytorch import Trainer
-    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -64,20 +56,20 @@ class Report(Callback):
         """Forget the last test's masks."""
         self._defective_pixels = False
 
-    def on_test_batch_end(self, _trainer: Trainer, _pl_module: AnomalibModule, outputs: ImageBatch, *_args) -> None:
+    def on_test_batch_end(self, _trainer: Trainer, _pl_module: LightningModule, outputs: ImageBatch, *_args) -> None:
         """Look for defective pixels in a batch's masks: without any, metrics of pixels mean nothing."""
         self._defective_pixels |= outputs.gt_mask is not None and bool(outputs.gt_mask.any())
 
-    def on_test_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page."""
         _write(trainer, pl_module, partial(_tested, defective_pixels=self._defective_pixels))
 
-    def on_predict_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page."""
         _write(trainer, pl_module, _predicted)
 
 
-def _write(trainer: Trainer, model: AnomalibModule, results: Callable[..., dict[str, Any]]) -> None:
+def _write(trainer: Trainer, model: LightningModule, results: Callable[..., dict[str, Any]]) -> None:
     if trainer.world_size > 1:
         if trainer.is_global_zero:
             logger.info("No report is written by %d processes: use one device for one.", trainer.world_size)
@@ -112,7 +104,7 @@ def _write(trainer: Trainer, model: AnomalibModule, results: Callable[..., dict[
 
 
 def _tested(
-    trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored], defective_pixels: bool
+    trainer: Trainer, model: LightningModule, folder: Path, images: list[Scored], defective_pixels: bool
 ) -> dict[str, Any]:
     normal = np.array([image.score for image in images if not image.defective])
     defective = np.array([image.score for image in images if image.defective])
@@ -145,7 +137,7 @@ def _tested(
     }
 
 
-def _predicted(trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored]) -> dict[str, Any]:
+def _predicted(trainer: Trainer, model: LightningModule, folder: Path, images: list[Scored]) -> dict[str, Any]:
     scores = np.array([image.score for image in images])
     oddest = {"Most anomalous": sorted(images, key=lambda image: -image.score)}
     found = {"scores": scores.tolist(), "galleries": _with_pictures(trainer, model, folder, images, oddest)}
@@ -173,7 +165,7 @@ def _choices(normal: NDArray, defective: NDArray) -> list[dict[str, Any]]:
 
 
 def _with_pictures(
-    trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored], galleries: dict[str, list[Scored]]
+    trainer: Trainer, model: LightningModule, folder: Path, images: list[Scored], galleries: dict[str, list[Scored]]
 ) -> dict[str, list[dict[str, Any]]]:
     """The first images of each gallery that have a path; a data set of one's own may have none."""
     pictures = _pictures(trainer, model, folder, [image for image in images if image.path.name])
@@ -186,7 +178,7 @@ def _with_pictures(
     }
 
 
-def _pictures(trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored]) -> dict[Path, Path]:
+def _pictures(trainer: Trainer, model: LightningModule, folder: Path, images: list[Scored]) -> dict[Path, Path]:
     """The pictures of images that the visualizer saved and, where folders of one name exist, did not overwrite."""
     if model.visualizer is None:
         return {}

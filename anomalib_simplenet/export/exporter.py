@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from anomalib import TaskType
+from anomalib.data import AnomalibDataModule, InferenceBatch
 from anomalib.deploy import CompressionType
 from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.pre_processing import PreProcessor
+from torchmetrics import Metric
 
 from anomalib_simplenet.calibration import CalibratedBatch, CalibratedPostProcessor
 from anomalib_simplenet.checkpoints import ARCHITECTURE, INFERENCE
@@ -18,11 +21,6 @@ from anomalib_simplenet.checkpoints import ARCHITECTURE, INFERENCE
 from .openvino import keep_float32, prepend_resize, round_weights
 from .quantization import head_operations, quantize
 from .transforms import check_exportable, exportable_transform, split_resize
-
-if TYPE_CHECKING:
-    from anomalib import TaskType
-    from anomalib.data import AnomalibDataModule, InferenceBatch
-    from torchmetrics import Metric
 
 logger = logging.getLogger(__name__)
 
