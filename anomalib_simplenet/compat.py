@@ -48,8 +48,8 @@ def run_validation(trainer: Trainer) -> None:
 def resample_position_embeddings_without_antialias() -> None:
     """Have timm's ViTs interpolate position embeddings for other image sizes as exported models will.
 
-    OpenVINO's reader of ONNX ignores ``antialias``. anomalib switches it off in the whole process as soon as one of
-    its models builds a ViT (``TimmFeatureExtractor``): scores would depend on what was built before.
+    OpenVINO's reader of ONNX ignores ``antialias``. anomalib switches it off in the whole process as soon as one of its
+    models builds a ViT: scores would depend on what was built before.
     """
     from anomalib.models.components.feature_extractors.timm import _disable_pos_embed_antialiasing
 

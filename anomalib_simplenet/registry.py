@@ -7,10 +7,7 @@ imported and published whenever anomalib's models are, by whoever. Three steps d
 2. It registers a hook that imports our model right after ``anomalib.models.image``. Hooking ``anomalib.models`` itself
    fails: torch is often first imported while that package is still being imported.
 3. The decorator :func:`register` publishes the class. The hook cannot: where our module is imported first, the hook
-   meets it half made.
-
-So that the hook never meets a half-made part of the model, no module that ``lightning_model`` needs may import
-``anomalib.models`` while it is being imported itself.
+   meets it half made. For the same reason, no module that ``lightning_model`` needs may import ``anomalib.models``.
 
 ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches this off; ``--model anomalib_simplenet.SimpleNet`` still works then.
 """

@@ -2,8 +2,7 @@
 
 import torch
 from anomalib.data import AnomalibDataModule
-from anomalib.models.components import AnomalibModule
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from anomalib_simplenet.calibration import needed_images
@@ -31,7 +30,7 @@ class HoldOut(Callback):
         """Keep the numbers of a checkpoint, from which training resumes."""
         self._held = state_dict
 
-    def on_fit_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold images out, before anything reads the training images.
 
         A ``ValueError`` says if there are too few for the rate, or the checkpoint was trained on some of them.

@@ -5,9 +5,8 @@ from functools import partial
 from typing import Any
 
 from anomalib.data import Batch
-from anomalib.models.components import AnomalibModule
 from lightning.fabric.utilities.apply_func import apply_to_collection
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -24,26 +23,26 @@ class RegionPixels(Callback):
     Must stand before anomalib's post-processor and evaluator in the trainer's callbacks.
     """
 
-    def setup(self, trainer: Trainer, pl_module: AnomalibModule, *_args: object, **_kwargs: object) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, *_args: object, **_kwargs: object) -> None:
         """Have data loaders checked when the trainer asks for them, after a checkpoint brought its region."""
         check = partial(apply_to_collection, dtype=DataLoader, function=partial(_check_aspect_ratios, pl_module))
         for loop in data_loops(trainer):
             wrap_dataloaders(loop, "region", check)
 
-    def on_validation_batch_end(self, _trainer: Trainer, pl_module: AnomalibModule, outputs: Batch, *_args) -> None:
+    def on_validation_batch_end(self, _trainer: Trainer, pl_module: LightningModule, outputs: Batch, *_args) -> None:
         """Leave a predicted batch the pixels inside, as one row."""
         if (region := pl_module.model.region) is not None:
             for name in ("anomaly_map", "gt_mask"):
                 if (maps := getattr(outputs, name)) is not None:
                     setattr(outputs, name, maps[:, None, region.mask[0, 0] > 0])
 
-    def on_test_batch_end(self, _trainer: Trainer, pl_module: AnomalibModule, outputs: Batch, *_args) -> None:
+    def on_test_batch_end(self, _trainer: Trainer, pl_module: LightningModule, outputs: Batch, *_args) -> None:
         """Take pixels outside for normal, whatever the ground truth."""
         if (region := pl_module.model.region) is not None and outputs.gt_mask is not None:
             outputs.gt_mask = outputs.gt_mask & (region.mask[0] > 0)
 
 
-def _check_aspect_ratios(pl_module: AnomalibModule, loader: Any) -> Any:  # noqa: ANN401
+def _check_aspect_ratios(pl_module: LightningModule, loader: Any) -> Any:  # noqa: ANN401
     """Refuse images of another aspect ratio than the region's, by their headers: it would be other parts of them."""
     region = pl_module.model.region
     for path in [] if region is None else image_paths(loader.dataset):

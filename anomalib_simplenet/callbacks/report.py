@@ -46,10 +46,9 @@ class Scored(NamedTuple):
 class Report(Callback):
     """Writes ``report.html`` from the table of :class:`Predictions`, which must be called before it.
 
-    The page stands beside the table, under the same number. After a test it shows metrics and thresholds, thresholds
-    for given shares of false alarms, the distribution of scores, ROC and precision-recall curves of images, those
-    decided worst and closest. After a prediction it compares scores with the calibration's and shows the most anomalous
-    images. Both name checkpoint, settings, data, versions. Several processes write no page.
+    The page stands beside the table, under the same number. After a test it shows metrics, thresholds, scores, curves
+    and the images decided worst and closest; after a prediction, scores beside the calibration's and the most anomalous
+    images. Several processes write no page.
     """
 
     def on_test_start(self, *_args: object) -> None:

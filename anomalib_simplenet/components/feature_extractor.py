@@ -36,10 +36,8 @@ class FeatureExtractor(nn.Module):
             ``config.json`` and weights), ``hf-hub:REPOSITORY``, or any module that torchvision's
             ``create_feature_extractor`` can trace.
         layers (Sequence[str]): Names of the layers, in any order.
-        pre_trained (bool): Whether to load the backbone's pre-trained weights; ignored for a module.
-            Defaults to ``True``.
-        backbone_args (dict[str, Any] | None): More arguments for ``timm.create_model``, of JSON's types.
-            Defaults to ``None``.
+        pre_trained (bool): Whether to load pre-trained weights; ignored for a module. Defaults to ``True``.
+        backbone_args (dict[str, Any] | None): JSON arguments for ``timm.create_model``. Defaults to ``None``.
 
     Attributes:
         architecture (str | None): timm's name of the architecture, without weights; ``None`` for a module.
