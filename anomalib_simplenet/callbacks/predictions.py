@@ -47,7 +47,7 @@ class Predictions(Callback):
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: ImageBatch, *_args) -> None:
         """Write a batch's rows."""
         unknown = [None] * len(outputs.pred_score)
-        given = (outputs.pred_score, outputs.p_value, outputs.pred_label, outputs.gt_label)
+        given = (outputs.pred_score, getattr(outputs, "p_value", None), outputs.pred_label, outputs.gt_label)
         columns = (unknown if each is None else (each + 0).flatten().tolist() for each in given)  # booleans as 0 and 1
         same = [threshold(pl_module, "image"), threshold(pl_module, "pixel"), pl_module.name, trainer.ckpt_path]
         rows = zip(outputs.image_path or unknown, *columns, strict=True)
