@@ -21,10 +21,7 @@ def check_number(
 ) -> None:
     """Refuse an argument that is no finite number in its range; NumPy's scalars are numbers, ``bool`` is not.
 
-    ``hint`` ends the message, such as ``"(the paper's value is 0.5)"``.
-
-    Raises:
-        ValueError: If the value is outside; the message names argument, value and range.
+    A ``ValueError`` names argument, value and range; ``hint`` ends it, such as ``"(the paper's value is 0.5)"``.
 
     Example:
         >>> check_number("margin", 0.5, above=0)
@@ -45,11 +42,7 @@ def check_number(
 
 
 def check_finite(batch: Batch, values: torch.Tensor, problem: str) -> None:
-    """Refuse a batch with ``values``, a row for each image, that are NaN or infinite; the message names the images.
-
-    Raises:
-        ValueError: If there are such values.
-    """
+    """Refuse a batch with ``values``, a row for each image, that are NaN or infinite; a ``ValueError`` names them."""
     finite = values.isfinite().flatten(1).all(dim=1) if values.ndim > 1 else values.isfinite()
     if not finite.all():
         paths = batch.image_path or range(len(finite))

@@ -4,16 +4,14 @@ Each function says what it is for and, where there is one, the upstream thread; 
 a sentence what changed should one stop working.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -22,17 +20,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from wrapt import register_post_import_hook, wrap_function_wrapper
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
-    import openvino as ov
-
 
 def attach_trainer(module: LightningModule, trainer: Trainer | None, epochs: int) -> None:
     """Set ``LightningModule.trainer``; a fit that the user gave no limit of epochs, steps or time gets ``epochs``.
 
-    Purpose: the paper's schedule by default. Lightning puts 1000 epochs in place of nothing right after this moment,
-    before any hook, and the user's own 1000 cannot be told from them. ``Trainer.max_epochs`` has no setter.
+    Right after this moment, before any hook, Lightning puts 1000 epochs in place of nothing, which cannot be told from
+    the user's own 1000. ``Trainer.max_epochs`` has no setter.
     """
     LightningModule.trainer.fset(module, trainer)
     if trainer is None or trainer.state.fn != TrainerFn.FITTING:
@@ -43,10 +36,9 @@ def attach_trainer(module: LightningModule, trainer: Trainer | None, epochs: int
 
 
 def run_validation(trainer: Trainer) -> None:
-    """Validate in the middle of a fit, as Lightning does at an epoch's end.
+    """Validate in the middle of a fit, as Lightning does at an epoch's end; ``Trainer.validate`` would end the fit.
 
-    Purpose: thresholds for the last weights, whatever ended training. ``Trainer.validate`` would end the fit
-    (https://github.com/Lightning-AI/pytorch-lightning/issues/4539 asked to validate on the last epoch).
+    https://github.com/Lightning-AI/pytorch-lightning/issues/4539 asked to validate on the last epoch.
     """
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()
@@ -56,8 +48,8 @@ def run_validation(trainer: Trainer) -> None:
 def resample_position_embeddings_without_antialias() -> None:
     """Have timm's ViTs interpolate position embeddings for other image sizes as exported models will.
 
-    OpenVINO's reader of ONNX ignores ``antialias``. anomalib switches it off in the whole process as soon as one of
-    its models builds a ViT (``TimmFeatureExtractor``): scores would depend on what was built before.
+    OpenVINO's reader of ONNX ignores ``antialias``. anomalib switches it off in the whole process as soon as one of its
+    models builds a ViT: scores would depend on what was built before.
     """
     from anomalib.models.components.feature_extractors.timm import _disable_pos_embed_antialiasing
 
@@ -78,16 +70,16 @@ def one_try_at_the_hub() -> Iterator[Exception | None]:
     if constants.HF_HUB_OFFLINE:
         yield OSError("HF_HUB_OFFLINE is set, and they are not in the cache.")
         return
+    unreachable = None
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # noqa: BLE001  # httpx's or requests', with the version of huggingface_hub
-        constants.HF_HUB_OFFLINE = True
-        try:
-            yield OSError(f"{constants.ENDPOINT} is not reachable ({error or type(error).__name__}).")
-        finally:
-            constants.HF_HUB_OFFLINE = False
-    else:
-        yield None
+        unreachable = OSError(f"{constants.ENDPOINT} is not reachable ({error or type(error).__name__}).")
+    constants.HF_HUB_OFFLINE = unreachable is not None
+    try:
+        yield unreachable
+    finally:
+        constants.HF_HUB_OFFLINE = False
 
 
 def data_loops(trainer: Trainer) -> tuple[Any, ...]:
@@ -100,15 +92,14 @@ def wrap_dataloaders(loop: Any, name: str, wrap: Callable[[Any], Any] | None) ->
     """Pass the data loaders that one of the trainer's loops is going to ask for through a function.
 
     Lightning has no public hook between a data loader's making and its use. Wrapping when the loop asks, not before,
-    lets tuners change the batch size. ``wrap`` takes what data modules or users give, and replaces the function of the
-    same ``name``, if there is one; ``None`` removes it.
+    lets tuners change the batch size. ``wrap`` takes what data modules or users give, and replaces that of its name.
     """
     source = loop._data_source  # noqa: SLF001
     wraps = {**getattr(source, "wraps", {}), name: wrap}
-    loop._data_source = _WrappedSource(source.instance, source.name)  # noqa: SLF001
-    loop._data_source.wraps = wraps  # noqa: SLF001
+    loop._data_source = _WrappedSource(source.instance, source.name, wraps)  # noqa: SLF001
 
 
+@dataclass
 class _WrappedSource(_DataLoaderSource):
     wraps: dict[str, Callable[[Any], Any] | None]
 
@@ -150,12 +141,11 @@ def batch_to_device(trainer: Trainer, batch: Any) -> Any:  # noqa: ANN401
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def mark_precise(node: ov.Node) -> None:
-    """Keep an OpenVINO operation in float32 on processors that compute in bfloat16 by default.
+def mark_precise(node: Any) -> None:  # noqa: ANN401
+    """Keep an ``openvino.Node`` in float32 on processors that compute in bfloat16 by default.
 
-    ``precise_0`` is the serialized name of OpenVINO's ``DisableFP16Compression`` attribute
-    (``src/common/transformations/include/transformations/rt_info/disable_fp16_compression.hpp``), which has no public
-    Python name. The public ``INFERENCE_PRECISION_HINT`` is the user's to set and cannot be saved in a model.
+    ``precise_0`` is the serialized name of OpenVINO's ``DisableFP16Compression`` attribute, which has no public Python
+    name. The public ``INFERENCE_PRECISION_HINT`` is the user's to set and cannot be saved in a model.
     """
     node.get_rt_info()["precise_0"] = ""
 
@@ -175,9 +165,7 @@ def pass_requests_to_export() -> None:
             call.arguments.update(model=model.as_requested(Path(path).resolve()), ckpt_path=None)
         return wrapped(*call.args, **call.kwargs)
 
-    def patch(module: ModuleType) -> None:
-        wrap_function_wrapper(module, "Engine.export", export)
-
+    patch = partial(wrap_function_wrapper, name="Engine.export", wrapper=export)
     register_post_import_hook(patch, "anomalib.engine.engine")
 
 

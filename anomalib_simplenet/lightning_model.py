@@ -12,8 +12,7 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.optim import Adam, Optimizer
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
@@ -89,8 +88,6 @@ class SimpleNet(ExactExport, AnomalibModule):
         >>> engine.train(SimpleNet(), datamodule=Folder("cells", root="cells", normal_dir="good"))  # doctest: +SKIP
     """
 
-    model: SimpleNetModel
-
     def __init__(
         self,
         *,
@@ -120,8 +117,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         check_number("discriminator_weight_decay", discriminator_weight_decay, at_least=0)
         self.feature_cache = FeatureCache(feature_cache, feature_cache_memory)
         self.report = report
-        self.adapter_lr = float(adapter_lr)
-        self.discriminator_lr = float(discriminator_lr)
+        self.adapter_lr, self.discriminator_lr = float(adapter_lr), float(discriminator_lr)
         self.discriminator_weight_decay = float(discriminator_weight_decay)
         self.loss = TruncatedL1Loss(margin)
         self.model = SimpleNetModel(**architecture)
@@ -129,12 +125,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         self._restored_tiler: Tiler | None = None
 
     def setup(self, stage: str) -> None:
-        """Check what the trainer brings, before any work.
-
-        Raises:
-            ValueError: If the trainer's precision is not one that anomalib's batches go with, or images would be
-                smaller than the backbone can take.
-        """
+        """Refuse a precision that anomalib's batches do not go with, and images that the backbone cannot take."""
         super().setup(stage)
         if self.trainer.precision not in {"32-true", "16-mixed", "bf16-mixed"}:
             msg = f"precision is {self.trainer.precision}, expected 32-true, 16-mixed or bf16-mixed."
@@ -167,10 +158,9 @@ class SimpleNet(ExactExport, AnomalibModule):
         return loss
 
     def predict_step(self, batch: Batch, *_args, **_kwargs) -> Batch:
-        """Predict one batch; so do validation, for anomalib's thresholds, and test.
+        """Predict one batch; a ``ValueError`` names images with pixels or scores that are not finite.
 
-        Raises:
-            ValueError: If pixels or scores of an image are not finite.
+        Validation, for anomalib's thresholds, and test do the same.
         """
         predictions = self.model(batch.image)
         check_finite(batch, batch.image, "pixels are NaN or infinite: expected numbers from 0 to 1")
@@ -181,18 +171,11 @@ class SimpleNet(ExactExport, AnomalibModule):
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW for the adapter and Adam for the discriminator, as one optimizer."""
-        discriminator = {
-            "params": self.model.discriminator.parameters(),
-            "lr": self.discriminator_lr,
-            "weight_decay": self.discriminator_weight_decay,
-        }
-        adapter = {
-            "params": self.model.adapter.parameters(),
-            "lr": self.adapter_lr,
-            "weight_decay": 0.01,  # AdamW's default, which the authors leave alone
-            "decoupled_weight_decay": True,
-        }
-        return Adam([adapter, discriminator] if len(self.model.adapter) else [discriminator])
+        adapter = {"params": self.model.adapter.parameters(), "lr": self.adapter_lr, "decoupled_weight_decay": True}
+        adapter["weight_decay"] = 0.01  # AdamW's default, which the authors leave alone
+        discriminator = {"params": self.model.discriminator.parameters(), "lr": self.discriminator_lr}
+        groups = [adapter, discriminator] if len(self.model.adapter) else [discriminator]
+        return Adam(groups, weight_decay=self.discriminator_weight_decay)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """Train a step, and average the weights."""
@@ -200,20 +183,15 @@ class SimpleNet(ExactExport, AnomalibModule):
         if self.model.averaged is not None:
             self.model.averaged.update(self.model.trained)
 
-    @property
-    def trainer(self) -> Trainer:
-        """The trainer; attaching one that has no limit to training gives it the paper's."""
-        return super().trainer
-
-    @trainer.setter
+    @AnomalibModule.trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
+        """Attach a trainer; one that has no limit to training gets the paper's."""
         attach_trainer(self, trainer, PAPER_EPOCHS)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint load without network and on other machines: it holds the backbone's weights.
 
-        Raises:
-            ValueError: If the trained weights are not finite: such weights are not saved.
+        Trained weights that are not finite are not saved: they raise a ``ValueError``.
         """
         super().on_save_checkpoint(checkpoint)
         trained = {name: value for name, value in self.model.state_dict().items() if "feature_extractor" not in name}
@@ -232,8 +210,7 @@ class SimpleNet(ExactExport, AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take architecture and pre-processor from the checkpoint, and keep requested sensitivities.
 
-        Raises:
-            ValueError: If it is no checkpoint of SimpleNet, needs a backbone from Python, or has another region.
+        A ``ValueError`` says if it is no checkpoint of SimpleNet, needs a backbone from Python, or has another region.
         """
         attached = super().configure_callbacks()
         tiler = None if self.model.tiler is self._restored_tiler else self.model.tiler  # a callback's
@@ -287,9 +264,7 @@ class SimpleNet(ExactExport, AnomalibModule):
 
     @classmethod
     def configure_pre_processor(
-        cls,
-        image_size: tuple[int, int] | None = None,
-        center_crop_size: tuple[int, int] | None = None,
+        cls, image_size: tuple[int, int] | None = None, center_crop_size: tuple[int, int] | None = None
     ) -> PreProcessor:
         """Make the default pre-processor: resize, optionally crop, normalise with ImageNet's statistics.
 

@@ -29,11 +29,8 @@ RATE = 0.05  # of false alarms
 
 def main() -> None:
     """Command line: ``python -m anomalib_simplenet.quickstart``, in any folder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m anomalib_simplenet.quickstart",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    name, formatter = "python -m anomalib_simplenet.quickstart", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=formatter)
     parser.add_argument("--prepare-only", action="store_true", help="write configs/ and datasets/, do not train")
     prepare_only = parser.parse_args().prepare_only
     prepare_configs(Path("configs"))
@@ -97,11 +94,10 @@ def prepare_cells(folder: Path, cells: str) -> None:
     package = Path(str(_import("elpv_dataset").__file__)).parent / "data"
     with (package / "labels.csv").open() as file:
         rows = [row for row in csv.reader(file, delimiter=" ", skipinitialspace=True) if row]
-    images: dict[float, list[Path]] = {probability: [] for probability in (0.0, 1.0)}
-    for name, probability, kind, *_ in rows:
-        if kind == cells and float(probability) in images:
-            images[float(probability)].append(package / name)
-    normal, defective = images[0.0], images[1.0]
+    normal, defective = (
+        [package / name for name, given, kind, *_ in rows if kind == cells and float(given) == probability]
+        for probability in (0, 1)
+    )
     random.Random(0).shuffle(normal)
     third = len(normal) // 3
     split = {"train/good": normal[third:], "test/good": normal[:third], "test/defective": defective}
@@ -150,9 +146,8 @@ def run() -> None:
             p_values.append(p_value := prediction.p_value.item())
             print(f"  {part:>9}: {path.name} score {prediction.pred_score.item():.2f}, p-value {p_value:.3f}, {label}")
     lowest = min(p_values)
-    print(
-        f"p-value {lowest:.3f}: 1 in {1 / lowest:.0f} good cells looks like this. {RATE} or less is called defective."
-    )
+    meaning = f"1 in {1 / lowest:.0f} good cells looks like this. {RATE} or less is called defective."
+    print(f"p-value {lowest:.3f}: {meaning}")
 
     with (run_folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
         tested = [(row["gt_label"], row["pred_label"]) for row in csv.DictReader(file)]

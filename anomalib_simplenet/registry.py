@@ -7,16 +7,15 @@ imported and published whenever anomalib's models are, by whoever. Three steps d
 2. It registers a hook that imports our model right after ``anomalib.models.image``. Hooking ``anomalib.models`` itself
    fails: torch is often first imported while that package is still being imported.
 3. The decorator :func:`register` publishes the class. The hook cannot: where our module is imported first, the hook
-   meets it half made.
-
-So that the hook never meets a half-made part of the model, no module that ``lightning_model`` needs may import
-``anomalib.models`` while it is being imported itself.
+   meets it half made. For the same reason, no module that ``lightning_model`` needs may import ``anomalib.models``.
 
 ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches this off; ``--model anomalib_simplenet.SimpleNet`` still works then.
 """
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -32,14 +31,12 @@ def autoload() -> None:
 
     Called by ``import torch``, where an exception would break PyTorch for everybody in the environment: never raises.
     """
-    try:
+    with _exceptions_logged():
         from wrapt import register_post_import_hook
 
         register_post_import_hook(partial(_import, "anomalib_simplenet.lightning_model"), "anomalib.models.image")
         # Inferencers take the p-values of exports, with no model imported.
         register_post_import_hook(partial(_import, "anomalib_simplenet.calibration"), "anomalib.deploy.inferencers")
-    except Exception as error:  # noqa: BLE001
-        _warn_unregistered(error)
 
 
 def register(cls: _T) -> _T:
@@ -55,14 +52,15 @@ def register(cls: _T) -> _T:
 
 
 def _import(name: str, _module: ModuleType) -> None:
-    try:
+    with _exceptions_logged():  # anomalib must stay usable without us
         import_module(name)
-    except Exception as error:  # noqa: BLE001  # anomalib must stay usable without us
-        _warn_unregistered(error)
 
 
-def _warn_unregistered(error: Exception) -> None:
-    # Logged, since warnings.warn raises where warnings are errors.
-    logger.warning(
-        "anomalib-simplenet could not register its model with anomalib, so `--model SimpleNet` is unknown: %r", error
-    )
+@contextmanager
+def _exceptions_logged() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        # Logged, since warnings.warn raises where warnings are errors.
+        problem = "anomalib-simplenet could not register its model with anomalib, so `--model SimpleNet` is unknown"
+        logger.warning("%s: %r", problem, error)

@@ -8,15 +8,13 @@ from anomalib.data import InferenceBatch
 from torch import nn
 
 from .checks import check_number
-from .components import (
-    Adapter,
-    AnomalyGenerator,
-    AnomalyMapGenerator,
-    Discriminator,
-    FeatureExtractor,
-    PatchAggregation,
-)
+from .components.adapter import Adapter
+from .components.anomaly_generator import AnomalyGenerator
+from .components.anomaly_map import AnomalyMapGenerator
+from .components.discriminator import Discriminator
+from .components.feature_extractor import FeatureExtractor
 from .components.ops import non_finite
+from .components.patch_aggregation import PatchAggregation
 from .extensions.averaging import PolynomialAverage
 from .extensions.brightness import equalize_brightness
 from .extensions.fused_head import FusedHead, fingerprint, noisy_scores
@@ -105,8 +103,8 @@ class SimpleNetModel(nn.Module):
         if components is not None and not whiten:
             msg = f"components is {components}, but only whitening keeps components: set whiten to true or 'local'."
             raise ValueError(msg)
-        self.normalize_brightness, self.patch_fraction = normalize_brightness, patch_fraction
-        self.top_patches = top_patches
+        self.normalize_brightness = normalize_brightness
+        self.patch_fraction, self.top_patches = patch_fraction, top_patches
         self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained, backbone_args)
         channels = self.feature_extractor.channels
         dimension = sum(channels) if target_embed_dimension is None else target_embed_dimension

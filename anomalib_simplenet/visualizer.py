@@ -1,17 +1,13 @@
 """Pictures of results."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 from PIL import Image
 
-if TYPE_CHECKING:
-    from anomalib_simplenet.extensions.region import Region
+from .extensions.region import Region
 
 DIMMED = 0.35  # of their brightness, pixels outside the region
 
@@ -24,7 +20,6 @@ class NonSquareImageVisualizer(ImageVisualizer):
     """
 
     field_size: tuple[int, int]
-    output_dir: str | Path | None
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, *_args, **_kwargs) -> None:  # noqa: ANN001, ARG002
         """Save the pictures of a batch, by default in the results folder of this run."""

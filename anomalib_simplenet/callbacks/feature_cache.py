@@ -18,13 +18,8 @@ from anomalib_simplenet.compat import batch_to_device, clone_dataloader, release
 from .feature_store import CachedBatch, FeatureStore, IndexedDataset, MissingImages, collate_unseen, free_memory, refuse
 
 _DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.ToDtype, v2.ToImage, v2.Grayscale, v2.RGB)
-_HOOKS_WITH_A_BATCH = (
-    "on_before_batch_transfer",
-    "transfer_batch_to_device",
-    "on_after_batch_transfer",
-    "on_train_batch_start",
-    "training_step",
-)
+_TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+_HOOKS_WITH_A_BATCH = (*_TRANSFERS, "on_train_batch_start", "training_step")
 _KNOWN_PACKAGES = {"anomalib", "anomalib_simplenet", "lightning", "pytorch_lightning"}
 
 
@@ -88,10 +83,7 @@ class FeatureCache(Callback):
 def iterate_features(trainer: Trainer, pl_module: LightningModule, title: str) -> Iterator[list[torch.Tensor]]:
     """Feature maps of all training images, before training: per batch, for each layer ``(N, C, h, w)`` in float32.
 
-    Fills the cache, and draws none of the training's random numbers.
-
-    Raises:
-        ValueError: If the number of batches is not known, so that the pass might never end.
+    Fills the cache, and draws none of the training's random numbers. Refuses an unknown number of batches.
     """
     count = trainer.num_training_batches
     if count == float("inf"):

@@ -72,17 +72,15 @@ class FeatureStore:
         size = f"the feature maps of {len(self.seen)} training images take {gib:.2g} GiB"
         if len(self.shapes) > 1:
             sizes = sorted(self.shapes)[:2]  # anomalib stretches images to their batch's largest, each epoch another
-            self._give_up(
-                f"training images differ in size ({sizes}): give the pre-processor a Resize to (height, width)"
-            )
+            reason = f"training images differ in size ({sizes}): give the pre-processor a Resize to (height, width)"
         elif gib > self.memory:
             limit = f"more than the {self.memory:.2g} of feature_cache_memory (by default half of the free memory)"
-            self._give_up(f"{size}, {limit}: raise it, or take smaller images or fewer layers")
-        elif not self.maps:
-            rank_zero_info(f"feature_cache: {size}; once all are kept, neither images nor backbone are needed.")
-            self.maps = [torch.empty(len(self.seen), *m.shape[2:], m.shape[1], dtype=m.dtype) for m in fresh]
-
-    def _give_up(self, reason: str) -> None:
+            reason = f"{size}, {limit}: raise it, or take smaller images or fewer layers"
+        else:
+            if not self.maps:
+                rank_zero_info(f"feature_cache: {size}; once all are kept, neither images nor backbone are needed.")
+                self.maps = [torch.empty(len(self.seen), *m.shape[2:], m.shape[1], dtype=m.dtype) for m in fresh]
+            return
         refuse(reason, required=self.required)
         self.off = True  # the maps stay for batches that workers have loaded without their images
         self.seen.zero_()
@@ -127,13 +125,10 @@ def free_memory() -> int:
     groups = _OWN_CONTROL_GROUPS.read_text().splitlines() if _OWN_CONTROL_GROUPS.is_file() else []  # Linux alone
     for group in groups:
         _, controllers, path = group.split(":", 2)
-        if not controllers:  # version 2
-            root, names = _CONTROL_GROUPS, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
+        root, names = _CONTROL_GROUPS, ("memory.max", "memory.current", "inactive_file")
+        if "memory" in controllers.split(","):  # version 1
             root = _CONTROL_GROUPS / "memory"
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
         own = root / path.lstrip("/")
         for folder in (own, *own.parents):
             with suppress(OSError, ValueError, KeyError):  # not mounted here, above the root, or no limit: "max"

@@ -2,8 +2,7 @@
 
 import sys
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_simplenet.compat import run_validation
 

@@ -2,8 +2,7 @@
 
 import torch
 from anomalib.data import AnomalibDataModule
-from anomalib.models.components import AnomalibModule
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from anomalib_simplenet.calibration import needed_images
@@ -31,11 +30,10 @@ class HoldOut(Callback):
         """Keep the numbers of a checkpoint, from which training resumes."""
         self._held = state_dict
 
-    def on_fit_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold images out, before anything reads the training images.
 
-        Raises:
-            ValueError: If there are too few normal images for the rate, or the checkpoint was trained on some of them.
+        A ``ValueError`` says if there are too few for the rate, or the checkpoint was trained on some of them.
         """
         processor, data = pl_module.post_processor, trainer.datamodule
         rate = getattr(processor, "false_alarm_rate", None)

@@ -1,34 +1,18 @@
 """``predictions.csv``: a row for each image that a model scored."""
 
-from __future__ import annotations
-
 import csv
 import logging
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lightning.pytorch.callbacks import Callback
-
-if TYPE_CHECKING:
-    from anomalib.data import ImageBatch
-    from anomalib.models.components import AnomalibModule
-    from lightning.pytorch import LightningModule, Trainer
+from anomalib.data import ImageBatch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = (
-    "image_path",
-    "pred_score",
-    "p_value",
-    "pred_label",
-    "gt_label",
-    "image_threshold",
-    "pixel_threshold",
-    "model",
-    "checkpoint",
-)
+_OF_ONE_IMAGE = ("image_path", "pred_score", "p_value", "pred_label", "gt_label")
+COLUMNS = (*_OF_ONE_IMAGE, "image_threshold", "pixel_threshold", "model", "checkpoint")
 
 
 class Predictions(Callback):
@@ -41,14 +25,10 @@ class Predictions(Callback):
 
     With several processes each writes the images that Lightning assigns to it, some of them twice in a test, to a table
     of its own: ``predictions-rank0.csv``, ``predictions-rank1.csv``, ... Test and predict on one device for one table.
-
-    Attributes:
-        table (Path): The table of the current or last run.
+    ``table`` is the path of that of the current or last run.
     """
 
-    table: Path
-
-    def on_test_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create a table that no other run has."""
         if threshold(pl_module, "image") is not None and pl_module.post_processor.image_threshold.isnan():
             logger.warning("Labels mean nothing: these weights have no thresholds, since they were never validated.")
@@ -66,22 +46,18 @@ class Predictions(Callback):
         self._writer = csv.writer(self._file)
         self._writer.writerow(COLUMNS)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: AnomalibModule, outputs: ImageBatch, *_args) -> None:
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: ImageBatch, *_args) -> None:
         """Write a batch's rows."""
-        scores = outputs.pred_score.flatten().tolist()
-        unknown = [None] * len(scores)
-        labels = unknown if outputs.pred_label is None else outputs.pred_label.int().flatten().tolist()
-        p_value = getattr(outputs, "p_value", None)
-        p_values = unknown if p_value is None else p_value.tolist()
-        truth = unknown if outputs.gt_label is None else outputs.gt_label.int().flatten().tolist()
+        unknown = [None] * len(outputs.pred_score)
+        given = (outputs.pred_score, getattr(outputs, "p_value", None), outputs.pred_label, outputs.gt_label)
+        columns = (unknown if each is None else (each + 0).flatten().tolist() for each in given)  # booleans as 0 and 1
         same = [threshold(pl_module, "image"), threshold(pl_module, "pixel"), pl_module.name, trainer.ckpt_path]
-        rows = zip(outputs.image_path or unknown, scores, p_values, labels, truth, strict=True)
+        rows = zip(outputs.image_path or unknown, *columns, strict=True)
         self._writer.writerows([*row, *same] for row in rows)
         self._file.flush()
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, *_args: object) -> None:
         """Close the table."""
-        del trainer, pl_module
         self._file.close()
         logger.info("Predictions: %s", self.table)
 
@@ -89,29 +65,17 @@ class Predictions(Callback):
     on_predict_batch_end = on_test_batch_end
     on_predict_end = on_test_end
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Explain the bare assertion of Lightning's sampler for prediction: each process needs an image."""
-        del pl_module
-        if trainer.predicting and trainer.world_size > 1 and type(exception) is AssertionError and not exception.args:
-            exception.args = (f"Fewer images than the {trainer.world_size} processes? Then predict with one device.",)
-
 
 def report_of(table: Path) -> Path:
     """Where the report of a table stands."""
     return table.with_name(table.name.replace("predictions", "report")).with_suffix(".html")
 
 
-def threshold(model: AnomalibModule, kind: str) -> float | None:
+def threshold(model: LightningModule, kind: str) -> float | None:
     """Threshold of a model's normalised scores, ``1 - sensitivity``: what lies above is labelled defective.
 
-    Args:
-        model (AnomalibModule): The model.
-        kind (str): ``"image"`` or ``"pixel"``.
-
-    Returns:
-        float | None: The threshold, ``None`` where the model has no labels.
+    ``kind`` is ``"image"`` or ``"pixel"``; ``None`` where the model has no labels.
     """
-    processor = model.post_processor
-    if processor is None or not getattr(processor, "enable_thresholding", False):
+    if not getattr(model.post_processor, "enable_thresholding", False):
         return None
-    return getattr(processor, f"normalized_{kind}_threshold").item()
+    return getattr(model.post_processor, f"normalized_{kind}_threshold").item()

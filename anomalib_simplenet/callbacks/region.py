@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from anomalib.data import Batch
 from anomalib.metrics import AUPRO
-from anomalib.models.components import AnomalibModule
 from lightning.fabric.utilities.apply_func import apply_to_collection
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -27,19 +26,19 @@ class RegionPixels(Callback):
     Must stand before anomalib's post-processor and evaluator in the trainer's callbacks.
     """
 
-    def setup(self, trainer: Trainer, pl_module: AnomalibModule, *_args: object, **_kwargs: object) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, *_args: object, **_kwargs: object) -> None:
         """Have data loaders checked when the trainer asks for them, after a checkpoint brought its region."""
         check = partial(apply_to_collection, dtype=DataLoader, function=partial(_check_images, pl_module))
         for loop in data_loops(trainer):
             wrap_dataloaders(loop, "region", check)
 
-    def on_validation_batch_end(self, _trainer: Trainer, pl_module: AnomalibModule, outputs: Batch, *_args) -> None:
+    def on_validation_batch_end(self, _trainer: Trainer, pl_module: LightningModule, outputs: Batch, *_args) -> None:
         """Leave a predicted batch the pixels inside, as one row."""
         if (region := pl_module.model.region) is not None:
             _drop_defects_outside(outputs, region)
             _as_rows(outputs, region)
 
-    def on_test_batch_end(self, _trainer: Trainer, pl_module: AnomalibModule, outputs: Batch, *_args) -> None:
+    def on_test_batch_end(self, _trainer: Trainer, pl_module: LightningModule, outputs: Batch, *_args) -> None:
         """Take pixels outside for normal, whatever the ground truth."""
         if (region := pl_module.model.region) is not None:
             _drop_defects_outside(outputs, region)
@@ -56,17 +55,17 @@ class RegionMetrics(Callback):
         self._whole: dict[str, torch.Tensor | None] = {}
         self.restored = _Restored(self._whole)
 
-    def on_fit_start(self, _trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_fit_start(self, _trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse AUPRO, which needs connected pixels and would count those outside."""
         evaluator = pl_module.evaluator
         metrics = [] if evaluator is None else [*evaluator.val_metrics, *evaluator.test_metrics]
         if pl_module.model.region is not None and any(isinstance(metric, AUPRO) for metric in metrics):
-            msg = "AUPRO, which the evaluator has, cannot leave out pixels outside region: take AUPRO or region away."
+            msg = "AUPRO, which the evaluator has, cannot leave out pixels outside region: remove AUPRO or region."
             raise ValueError(msg)
 
     on_validation_start = on_test_start = on_fit_start
 
-    def on_test_batch_end(self, _trainer: Trainer, pl_module: AnomalibModule, outputs: Batch, *_args) -> None:
+    def on_test_batch_end(self, _trainer: Trainer, pl_module: LightningModule, outputs: Batch, *_args) -> None:
         """Leave a predicted batch the pixels inside, as one row."""
         if (region := pl_module.model.region) is not None:
             self._whole.update(_as_rows(outputs, region))
@@ -76,7 +75,7 @@ class _Restored(Callback):
     def __init__(self, whole: dict[str, torch.Tensor | None]) -> None:
         self._whole = whole
 
-    def on_test_batch_end(self, _trainer: Trainer, _pl_module: AnomalibModule, outputs: Batch, *_args) -> None:
+    def on_test_batch_end(self, _trainer: Trainer, _pl_module: LightningModule, outputs: Batch, *_args) -> None:
         for name, maps in self._whole.items():
             setattr(outputs, name, maps)
         self._whole.clear()
@@ -100,7 +99,7 @@ def _as_rows(batch: Batch, region: Region) -> dict[str, torch.Tensor | None]:
     return whole
 
 
-def _check_images(pl_module: AnomalibModule, loader: Any) -> Any:  # noqa: ANN401
+def _check_images(pl_module: LightningModule, loader: Any) -> Any:  # noqa: ANN401
     """Refuse tiles, and images of another aspect ratio than the region's, by their headers: they show other parts."""
     region = pl_module.model.region
     if region is not None and type(loader.collate_fn).__name__ == "TileCollater":

@@ -1,38 +1,30 @@
 """``report.html``: what a test or prediction found, on one page."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import io
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
-from anomalib.data import InferenceBatch
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.utils.path import generate_output_filename
 from jinja2 import Template
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from numpy.typing import NDArray
 from PIL import Image
 
 from . import charts, drift
 from .predictions import Predictions, report_of, threshold
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from anomalib.data import ImageBatch
-    from anomalib.models.components import AnomalibModule
-    from lightning.pytorch import Trainer
-    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -54,32 +46,29 @@ class Scored(NamedTuple):
 class Report(Callback):
     """Writes ``report.html`` from the table of :class:`Predictions`, which must be called before it.
 
-    The page stands beside the table, under the same number. After a test it shows metrics and thresholds, thresholds
-    for given shares of false alarms, the distribution of scores, ROC and precision-recall curves of images, those
-    decided worst and closest. After a prediction it compares scores with the calibration's and shows the most anomalous
-    images. Both name checkpoint, settings, data, versions. Several processes write no page.
+    The page stands beside the table, under the same number. After a test it shows metrics, thresholds, scores, curves
+    and the images decided worst and closest; after a prediction, scores beside the calibration's and the most anomalous
+    images. Several processes write no page.
     """
 
-    def on_test_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_test_start(self, *_args: object) -> None:
         """Forget the last test's masks."""
-        del trainer, pl_module
         self._defective_pixels = False
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: AnomalibModule, outputs: ImageBatch, *_args) -> None:
+    def on_test_batch_end(self, _trainer: Trainer, _pl_module: LightningModule, outputs: ImageBatch, *_args) -> None:
         """Look for defective pixels in a batch's masks: without any, metrics of pixels mean nothing."""
-        del trainer, pl_module
         self._defective_pixels |= outputs.gt_mask is not None and bool(outputs.gt_mask.any())
 
-    def on_test_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page."""
         _write(trainer, pl_module, partial(_tested, defective_pixels=self._defective_pixels))
 
-    def on_predict_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page."""
         _write(trainer, pl_module, _predicted)
 
 
-def _write(trainer: Trainer, model: AnomalibModule, results: Callable[..., dict[str, Any]]) -> None:
+def _write(trainer: Trainer, model: LightningModule, results: Callable[..., dict[str, Any]]) -> None:
     if trainer.world_size > 1:
         if trainer.is_global_zero:
             logger.info("No report is written by %d processes: use one device for one.", trainer.world_size)
@@ -91,20 +80,19 @@ def _write(trainer: Trainer, model: AnomalibModule, results: Callable[..., dict[
             for row in csv.DictReader(file)
         ]
     data, region = getattr(trainer, "datamodule", None), getattr(model.model, "region", None)
+    date = datetime.now().astimezone().isoformat(" ", "seconds")
     provenance = {
         "Model": model.name,
         "Data set": getattr(data, "name", None),
         "Category": getattr(data, "category", None),
         "Region": region and f"{region.mask.mean().item():.1%} of the pixels count; the others are dimmed",
-        "Date": datetime.now().astimezone().isoformat(" ", "seconds"),
+        "Date": date,
         "Checkpoint": trainer.ckpt_path or "none: the weights in memory",
         "Versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
     }
     page = report_of(table)
     text = TEMPLATE.render(
-        title=", ".join(
-            str(part) for part in (model.name, provenance["Data set"], provenance["Date"], trainer.ckpt_path) if part
-        ),
+        title=", ".join(str(part) for part in (model.name, provenance["Data set"], date, trainer.ckpt_path) if part),
         limit=threshold(model, "image"),
         provenance=provenance,
         settings=dict(model.hparams),
@@ -115,11 +103,10 @@ def _write(trainer: Trainer, model: AnomalibModule, results: Callable[..., dict[
 
 
 def _tested(
-    trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored], defective_pixels: bool
+    trainer: Trainer, model: LightningModule, folder: Path, images: list[Scored], defective_pixels: bool
 ) -> dict[str, Any]:
-    normal, defective = (
-        np.array([image.score for image in images if image.defective == label]) for label in (False, True)
-    )
+    normal = np.array([image.score for image in images if not image.defective])
+    defective = np.array([image.score for image in images if image.defective])
     two_classes = len(normal) > 0 and len(defective) > 0
     limit = threshold(model, "image")
     figures = [charts.histogram({"normal": normal, "defective": defective}, limit)]
@@ -149,7 +136,7 @@ def _tested(
     }
 
 
-def _predicted(trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored]) -> dict[str, Any]:
+def _predicted(trainer: Trainer, model: LightningModule, folder: Path, images: list[Scored]) -> dict[str, Any]:
     scores = np.array([image.score for image in images])
     oddest = {"Most anomalous": sorted(images, key=lambda image: -image.score)}
     found = {"scores": scores.tolist(), "galleries": _with_pictures(trainer, model, folder, images, oddest)}
@@ -159,10 +146,8 @@ def _predicted(trainer: Trainer, model: AnomalibModule, folder: Path, images: li
         reference = processor(InferenceBatch(pred_score=calibration)).pred_score.cpu().numpy()
         predicted = np.array(p_values, dtype=np.float32)
         groups = {"calibration": reference, "predicted": scores}
-        found["charts"] = [
-            charts.histogram(groups, threshold(model, "image"), percent=True),
-            charts.sequence(predicted),
-        ]
+        histogram = charts.histogram(groups, threshold(model, "image"), percent=True)
+        found["charts"] = [histogram, charts.sequence(predicted)]
         found["verdict"] = drift.compare(predicted, processor.p_value(calibration).cpu().numpy())
     return found
 
@@ -179,7 +164,7 @@ def _choices(normal: NDArray, defective: NDArray) -> list[dict[str, Any]]:
 
 
 def _with_pictures(
-    trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored], galleries: dict[str, list[Scored]]
+    trainer: Trainer, model: LightningModule, folder: Path, images: list[Scored], galleries: dict[str, list[Scored]]
 ) -> dict[str, list[dict[str, Any]]]:
     """The first images of each gallery that have a path; a data set of one's own may have none."""
     pictures = _pictures(trainer, model, folder, [image for image in images if image.path.name])
@@ -192,7 +177,7 @@ def _with_pictures(
     }
 
 
-def _pictures(trainer: Trainer, model: AnomalibModule, folder: Path, images: list[Scored]) -> dict[Path, Path]:
+def _pictures(trainer: Trainer, model: LightningModule, folder: Path, images: list[Scored]) -> dict[Path, Path]:
     """The pictures of images that the visualizer saved and, where folders of one name exist, did not overwrite."""
     if model.visualizer is None:
         return {}

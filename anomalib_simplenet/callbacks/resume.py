@@ -6,8 +6,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
 

@@ -1,9 +1,8 @@
 """The pass over the training images that whitening takes before training."""
 
 import torch
-from anomalib.models.components import AnomalibModule
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 
 from anomalib_simplenet.torch_model import SimpleNetModel
 
@@ -14,22 +13,18 @@ from .resume import resumes
 class WhiteningPass(Callback):
     """Fit the model's whitening on all training images, unless training resumes from a checkpoint that holds it."""
 
-    def setup(self, trainer: Trainer, pl_module: AnomalibModule, stage: str) -> None:
-        """Refuse what copies the model before its matrices have a size.
-
-        Raises:
-            ValueError: If Lightning's ``WeightAveraging`` meets local whitening.
-        """
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse Lightning's ``WeightAveraging``, which copies the model, before local matrices have a size."""
         averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
         if stage == "fit" and averages and getattr(pl_module.model.whitening, "local", False):
             msg = 'whiten is "local", which Lightning\'s WeightAveraging cannot average: set averaging to true instead.'
             raise ValueError(msg)
 
-    def on_train_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average anew and fit the whitening."""
         model = pl_module.model
         if model.averaged is not None and not resumes(trainer):
-            model.averaged.reset()
+            model.averaged.steps.zero_()
         if model.whitening is None or (model.whitening.fitted and resumes(trainer)):
             return
         features = iterate_features(trainer, pl_module, "Whitening")

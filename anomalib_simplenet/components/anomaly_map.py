@@ -22,7 +22,6 @@ class AnomalyMapGenerator(nn.Module):
         super().__init__()
         radius = int(4 * sigma + 0.5)
         kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
-        self.kernel: torch.Tensor
         self.register_buffer("kernel", (kernel / kernel.sum()).float(), persistent=False)
 
     def forward(self, patch_scores: torch.Tensor, image_size: tuple[int, int] | torch.Size) -> torch.Tensor:

@@ -36,10 +36,8 @@ class FeatureExtractor(nn.Module):
             ``config.json`` and weights), ``hf-hub:REPOSITORY``, or any module that torchvision's
             ``create_feature_extractor`` can trace.
         layers (Sequence[str]): Names of the layers, in any order.
-        pre_trained (bool): Whether to load the backbone's pre-trained weights; ignored for a module.
-            Defaults to ``True``.
-        backbone_args (dict[str, Any] | None): More arguments for ``timm.create_model``, of JSON's types.
-            Defaults to ``None``.
+        pre_trained (bool): Whether to load pre-trained weights; ignored for a module. Defaults to ``True``.
+        backbone_args (dict[str, Any] | None): JSON arguments for ``timm.create_model``. Defaults to ``None``.
 
     Attributes:
         architecture (str | None): timm's name of the architecture, without weights; ``None`` for a module.
@@ -88,15 +86,16 @@ class FeatureExtractor(nn.Module):
                 "(A checkpoint trained with a module as backbone needs it: load_from_checkpoint(..., backbone=...).)"
             )
             raise ValueError(msg)
-        self.requires_grad_(requires_grad=False)
-        self.train(mode=False)
+        self.requires_grad_(requires_grad=False).eval()
         # 224 is a multiple of every common ViT patch size and of every CNN stride.
         probe = torch.zeros(1, 3, *(self.image_size or (224, 224)))
+        self.channels_last = True
         try:  # convolutions are faster in this layout, but Tensor.view() may refuse it
-            self._arrange(channels_last=True)
+            self.to(memory_format=torch.channels_last)
             maps = list(self._extract(probe).values())
         except RuntimeError:
-            self._arrange(channels_last=False)
+            self.channels_last = False
+            self.to(memory_format=torch.contiguous_format)
             maps = list(self._extract(probe).values())
         if any(feature.ndim != 4 for feature in maps):
             msg = f"backbone {backbone!r} does not give maps (N, C, h, w) at {', '.join(layers)}: choose other layers."
@@ -143,13 +142,6 @@ class FeatureExtractor(nn.Module):
         if not isinstance(features, dict):
             features = dict(zip(self.by_depth, features, strict=True))
         return {layer: features[layer] for layer in self.layers}
-
-    def _arrange(self, channels_last: bool) -> None:
-        self.channels_last = channels_last
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        for parameter in self.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
     def _trace(self, backbone: nn.Module) -> nn.Module:
         _input, *nodes = get_graph_node_names(backbone.eval())[1]

@@ -50,8 +50,7 @@ class PatchAggregation(nn.Module):
         if pretrain_embed_dimension is not None:
             check_number("pretrain_embed_dimension", pretrain_embed_dimension, at_least=1, integer=True)
         check_number("target_embed_dimension", target_embed_dimension, at_least=1, integer=True)
-        self.dimension = target_embed_dimension
-        self.padding = patch_size // 2
+        self.dimension, self.padding = target_embed_dimension, patch_size // 2
         self.segments: list[slice] = []
         self.groups: list[int] = []
 

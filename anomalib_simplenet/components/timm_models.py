@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import hf_hub_download
+from timm.models import load_model_config_from_hf
 from torch import nn
 
 
@@ -22,11 +22,8 @@ def plain_args(backbone_args: dict[str, Any] | None) -> dict[str, Any]:
 def saved_args(source: str, place: str) -> dict[str, Any]:
     """What config.json in a folder or on the hub gives ``timm.create_model``."""
     if source == "hf-hub":
-        repository, _, revision = place.partition("@")
-        path = Path(hf_hub_download(repository, "config.json", revision=revision or None))
-    else:
-        path = Path(place, "config.json")
-    return json.loads(path.read_text(encoding="utf-8")).get("model_args", {})
+        return load_model_config_from_hf(place)[2]
+    return json.loads(Path(place, "config.json").read_text(encoding="utf-8")).get("model_args", {})
 
 
 def first_words(error: BaseException) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from anomalib import TaskType
+from anomalib.data import AnomalibDataModule, InferenceBatch
 from anomalib.deploy import CompressionType
 from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.pre_processing import PreProcessor
+from torchmetrics import Metric
 
 from anomalib_simplenet.calibration import CalibratedBatch, CalibratedPostProcessor
 from anomalib_simplenet.checkpoints import ARCHITECTURE, INFERENCE
@@ -18,11 +21,6 @@ from anomalib_simplenet.checkpoints import ARCHITECTURE, INFERENCE
 from .openvino import keep_float32, prepend_resize, round_weights
 from .quantization import head_operations, quantize
 from .transforms import check_exportable, exportable_transform, split_resize
-
-if TYPE_CHECKING:
-    from anomalib import TaskType
-    from anomalib.data import AnomalibDataModule, InferenceBatch
-    from torchmetrics import Metric
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +43,7 @@ class ExactExport(ExportMixin):
         return model
 
     def as_requested(self, checkpoint_path: Path | str) -> ExactExport:
-        """Load a checkpoint with the settings of inference that this model was built with: rate, region, sensitivities.
-
-        ``Engine.export`` builds a model anew, from the class and the checkpoint alone.
-        """
+        """Load a checkpoint with the settings of inference that this model was built with: rate, region, sensitivities."""
         names = [name for name in INFERENCE if self.hparams.get(name, ARCHITECTURE[name]) != ARCHITECTURE[name]]
         requested = {name: self.hparams[name] for name in [*names, "false_alarm_rate", "region"]}
         processor = self.post_processor or False
@@ -64,10 +59,9 @@ class ExactExport(ExportMixin):
         return self.post_processor(predictions) if self.post_processor else predictions
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export as anomalib does. Without a folder from the user, exports are written beside the checkpoint.
+        """Export as anomalib does, but never a rate of false alarms that the post-processor cannot keep.
 
-        Raises:
-            ValueError: If the post-processor cannot keep its rate of false alarms.
+        Without a folder from the user, exports are written beside the checkpoint.
         """
         if isinstance(self.post_processor, CalibratedPostProcessor):
             self.post_processor.check_rate()

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def prepend_resize(model: ov.Model, input_size: tuple[int, int] | None) -> ov.Model:
-    """Let a model of images ``(N, 3, h, w)`` resize others to that size first, antialiased as in training.
+    """Let a model of images ``(N, 3, h, w)`` resize others to that size first, antialiased as in training, and fast.
 
-    OpenVINO's own operation is fast. ``input_size`` is the ``(height, width)`` to accept, ``None`` for any.
+    ``input_size`` is the ``(height, width)`` to accept, ``None`` for any.
     """
     from openvino import Layout
     from openvino.preprocess import PrePostProcessor, ResizeAlgorithm

@@ -1,7 +1,5 @@
 """Pre-processing transforms in a form that exported models compute exactly."""
 
-from __future__ import annotations
-
 import logging
 
 import torch
@@ -50,9 +48,8 @@ def exportable_transform(transform: Transform | None) -> Transform | None:
 def check_exportable(transform: Transform | None, input_size: tuple[int, int] | None) -> None:
     """Refuse transforms whose output size depends on an unknown image size; warn about resizes that are not exact.
 
-    Raises:
-        ValueError: If ``input_size``, ``(height, width)`` of the images, is ``None``, and the exportable ``transform``
-            resizes images to a single number (the shorter side), or crops them before it resizes.
+    The size is unknown if ``input_size``, ``(height, width)`` of the images, is ``None``, and the exportable
+    ``transform`` resizes images to a single number (the shorter side), or crops them before it resizes.
     """
     sized = input_size is not None
     for step in _steps(transform):

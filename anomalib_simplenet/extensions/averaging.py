@@ -15,13 +15,12 @@ class PolynomialAverage(nn.Module):
 
     Attributes:
         module (nn.Module): The averages, at first a copy of the module given.
-        steps (torch.Tensor): Number of averaged steps, scalar.
+        steps (torch.Tensor): Number of averaged steps, scalar; at zero, the next step starts the average anew.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = deepcopy(module).requires_grad_(requires_grad=False)
-        self.steps: torch.Tensor
         self.register_buffer("steps", torch.tensor(0.0))
 
     @torch.no_grad()
@@ -31,11 +30,6 @@ class PolynomialAverage(nn.Module):
         share = 4 / (self.steps + 3)
         for mean, value in zip(_tensors(self.module), _tensors(module), strict=True):
             mean.lerp_(value, share.to(mean.dtype))
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Start anew with the weights after the next step."""
-        self.steps.zero_()
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -53,25 +53,22 @@ class FusedHead(nn.Module):
     """Whitening, adapter and discriminator in eval mode, folded together; a frozen copy without parameters or state.
 
     Between two activations, linear layers and batch norm are one affine map ``W x + b``. The first of them is applied
-    to each layer on its own grid (:func:`project`).
-
-    Args:
-        linear (Sequence[Affine]): What stands before the discriminator: whitening and adapter.
-        discriminator (Discriminator): Trained discriminator.
-        segments (Sequence[slice]): The part of the embedding that each layer contributes to.
+    to each layer on its own grid (:func:`project`). ``linear`` are whitening and adapter, ``segments`` the part of the
+    embedding that each layer contributes to.
     """
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(self, linear: Sequence[Affine], discriminator: Discriminator, segments: Sequence[slice]) -> None:
         super().__init__()
-        self.parts = len(segments)
         like = discriminator.tail.weight
         affine = _fold([*linear, *(layer for block in discriminator.body for layer in block), discriminator.tail])
-        self.depth = len(affine)
+        self.parts, self.depth = len(segments), len(affine)
         for index, (weight, bias) in enumerate(affine):
-            columns = segments if index == 0 else [slice(None)]
-            for part, segment in enumerate(columns):
-                self.register_buffer(f"weight_{index}_{part}", _like(weight[:, segment, None, None], like), False)
-            self.register_buffer(f"bias_{index}", _like(bias, like), False)
+            for part, segment in enumerate(segments if index == 0 else [slice(None)]):
+                columns = weight[:, segment, None, None].to(like).contiguous()
+                self.register_buffer(f"weight_{index}_{part}", columns, persistent=False)
+            self.register_buffer(f"bias_{index}", bias.to(like), persistent=False)
 
     def forward(self, pooled: Iterable[torch.Tensor]) -> torch.Tensor:
         """Score what :meth:`PatchAggregation.pool` gives: ``(N, 1, h, w)`` on the first grid, higher for normal."""
@@ -98,8 +95,6 @@ def fingerprint(modules: Iterable[nn.Module], whitening: Iterable[Affine]) -> tu
     return tuple(torch.stack([value.to(values[0].device) for value in values]).tolist())
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def _fold(layers: Sequence[nn.Module | Affine]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Fold consecutive linear layers and batch norms; an activation ends one affine map and starts the next."""
     affine = []
@@ -124,8 +119,3 @@ def _fold(layers: Sequence[nn.Module | Affine]) -> list[tuple[torch.Tensor, torc
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.cpu().double()  # not every accelerator has double precision
-
-
-@torch.inference_mode(False)
-def _like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return tensor.to(like.device, like.dtype).contiguous()

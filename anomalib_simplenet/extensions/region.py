@@ -33,8 +33,6 @@ class Region(nn.Module):
 
     def __init__(self, mask: torch.Tensor, aspect_ratio: torch.Tensor) -> None:
         super().__init__()
-        self.mask: torch.Tensor
-        self.aspect_ratio: torch.Tensor
         self.register_buffer("mask", mask)
         self.register_buffer("aspect_ratio", aspect_ratio)
 
@@ -42,8 +40,7 @@ class Region(nn.Module):
     def read(cls, path: Path | str, pre_processor: nn.Module | None) -> Region:
         """Read a mask image and resize and crop it as the pre-processor does images.
 
-        Raises:
-            ValueError: If there is no such image, nothing in it counts, or the pre-processor is not anomalib's.
+        A ``ValueError`` says if there is no such image, nothing in it counts, or the pre-processor is not anomalib's.
         """
         if pre_processor is not None and not isinstance(pre_processor, PreProcessor):
             msg = f"region is {str(path)!r}, which needs a pre_processor of anomalib's class PreProcessor to resize it."
@@ -93,10 +90,7 @@ class Region(nn.Module):
         return F.adaptive_avg_pool2d(self.mask, tuple(grid))[0, 0] > 0
 
     def summarise(
-        self,
-        patch_scores: torch.Tensor,
-        top_patches: int,
-        make_map: Callable[[torch.Tensor, torch.Size], torch.Tensor],
+        self, patch_scores: torch.Tensor, top_patches: int, make_map: Callable[[torch.Tensor, torch.Size], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Image scores ``(N,)`` and anomaly maps ``(N, 1, H, W)`` from scores ``(N, 1, h, w)`` of the patches inside.
 

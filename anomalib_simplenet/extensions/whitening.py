@@ -50,10 +50,8 @@ class Whitening(nn.Module):
             hint = "the size of an embedding, or None for all"
             check_number("components", components, at_least=1, at_most=dimension, integer=True, hint=hint)
         self.dimension, self.local, self.components = dimension, local, components or dimension
-        self.projection: torch.Tensor
         self.mean: torch.Tensor
         self.weight: torch.Tensor
-        self.fitted: torch.Tensor
         self.register_buffer("projection", torch.eye(self.components, dimension), persistent=components is not None)
         self.register_buffer("mean", torch.zeros(self.components, 1, 1))
         self.register_buffer("weight", torch.eye(self.components)[None])
@@ -68,11 +66,7 @@ class Whitening(nn.Module):
         return Affine(self.weight[0] @ self.projection, -self.weight[0] @ self.mean.flatten())
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Whiten embeddings of shape ``(N, dimension, h, w)``: ``(N, k, h, w)``.
-
-        Raises:
-            ValueError: If positions have statistics of their own, and the grid is not the one they were fitted on.
-        """
+        """Whiten embeddings ``(N, dimension, h, w)``: ``(N, k, h, w)``; on the grid of the fit where it was local."""
         if self.affine is not None:
             return nn.functional.conv2d(embedding, self.affine.weight[:, :, None, None], self.affine.bias)
         height, width = self.mean.shape[1:]
@@ -89,17 +83,11 @@ class Whitening(nn.Module):
         return white.permute(1, 2, 0).reshape(-1, self.components, height, width)
 
     def moments(self, embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Moments of patches; those of several sets add up.
+        """Moments of the patches of batches ``(N, dimension, h, w)``; those of several sets add up.
 
-        Args:
-            embeddings (Iterable[torch.Tensor]): Of batches, of shape ``(N, dimension, h, w)`` each.
-
-        Returns:
-            torch.Tensor: Count, sum and sum of outer products, of shape ``(1 + dimension + dimension**2, h, w)``, where
-            h and w are 1 if positions share them: of a batch's in single precision, of the batches in double.
-
-        Raises:
-            ValueError: If the matrices would take more than 2 GiB.
+        Returns count, sum and sum of outer products, ``(1 + dimension + dimension**2, h, w)``, where h and w are 1 if
+        positions share them: of a batch's in single precision, of the batches in double. Matrices that would take more
+        than 2 GiB raise a ``ValueError``.
         """
         dimension, grid = self.dimension, (1, 1)
         moments = torch.zeros(0, 1 + dimension + dimension**2, dtype=torch.float64)  # a row for each position
@@ -123,11 +111,7 @@ class Whitening(nn.Module):
         return moments.mT.unflatten(1, grid).contiguous()
 
     def fit(self, moments: torch.Tensor) -> None:
-        """Take means and covariances from :meth:`moments`.
-
-        Raises:
-            ValueError: If they are of one patch a position, of patches that are all the same, or too large.
-        """
+        """Take means and covariances from :meth:`moments`, which must be of two or more patches that differ."""
         count, dimension = moments[0, 0, 0], self.dimension
         if count < 2:
             msg = 'There is 1 training image, expected 2 or more: whiten "local" compares images. Set whiten to true.'

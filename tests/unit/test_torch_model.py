@@ -194,7 +194,7 @@ def test_fused_head_notices_weights_that_change_in_eval_mode(way: str) -> None:
     elif way == "submodule":
         model.discriminator.load_state_dict({k: v + 0.1 for k, v in model.discriminator.state_dict().items()})
     else:
-        model.averaged.reset()
+        model.averaged.steps.zero_()
     after = model(images).pred_score
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, plain_scores(model, images).amax(dim=1), rtol=1e-5, atol=1e-5)
