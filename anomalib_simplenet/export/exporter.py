@@ -43,7 +43,7 @@ class ExactExport(ExportMixin):
         return model
 
     def as_requested(self, checkpoint_path: Path | str) -> ExactExport:
-        """Load a checkpoint with the settings of inference that this model was built with: rate, region, sensitivities."""
+        """Load a checkpoint with the settings of inference of this model: rate, region, sensitivities."""
         names = [name for name in INFERENCE if self.hparams.get(name, ARCHITECTURE[name]) != ARCHITECTURE[name]]
         requested = {name: self.hparams[name] for name in [*names, "false_alarm_rate", "region"]}
         processor = self.post_processor or False
