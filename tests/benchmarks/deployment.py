@@ -4,7 +4,8 @@
 
 Exports a checkpoint in every ``compression_type`` and compares each file with the checkpoint on the test images that
 calibrated nothing: image AUROC, scores, labels. Latency (one image at a time) and throughput come from OpenVINO's
-``benchmark_app``, files in turns, as multiples of those of the export without compression.
+``benchmark_app``, files in turns, as multiples of those of the export without compression. A second table compares the
+latter, and the checkpoint in PyTorch, with the backbone alone, cut off after its last layer, in turns in one process.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from anomalib.data import AnomalibDataModule, ImageBatch, InferenceBatch
 from anomalib.deploy import CompressionType
 from jsonargparse import ArgumentParser
 from lightning import seed_everything
-from measure import save, show
+from measure import interleaved, save, show
 from torchmetrics.functional.classification import binary_auroc
 
 from anomalib_simplenet import SimpleNet
@@ -51,12 +52,16 @@ def main() -> None:
             print(f"exported {name}", flush=True)
         rows = compare(*load(args.ckpt_path, args.data), files)
         times = measure(files, args.seconds, args.repeats)
+        backbone = against_backbone(load(args.ckpt_path, args.data)[0], files["none"])
     base = times["none"]
     for row in rows:
         latency, throughput = times[row["export"]]
         row |= {"latency": latency / base[0], "throughput": throughput / base[1]}
     show("Against the checkpoint; latency and throughput as multiples of the export without compression", rows)
-    save("deployment", {name: str(value) for name, value in vars(args).items()}, {"exports": rows})
+    show("Median latency of one image, multiples of the backbone's", backbone)
+    save(
+        "deployment", {name: str(value) for name, value in vars(args).items()}, {"exports": rows, "backbone": backbone}
+    )
 
 
 def load(ckpt_path: Path, data: Path) -> tuple[SimpleNet, AnomalibDataModule]:
@@ -127,6 +132,44 @@ def measure(files: dict[str, Path], seconds: int, repeats: int) -> dict[str, tup
             throughput = _benchmark_app(path, seconds, "throughput", r"Throughput:\s+([\d.]+)")
             speeds[name].append((latency, throughput))
     return {name: tuple(map(statistics.median, zip(*values, strict=True))) for name, values in speeds.items()}
+
+
+@torch.inference_mode()
+def against_backbone(model: SimpleNet, exported: Path, turns: int = 200) -> list[dict[str, Any]]:
+    """Latency in OpenVINO (float32) and PyTorch, for images of the model's size and, in OpenVINO, of 300 x 300."""
+    photograph = torch.rand(1, 3, 300, 300)
+    image = torch.rand_like(model.pre_processor.transform(photograph))
+    core, hint = ov.Core(), {"INFERENCE_PRECISION_HINT": "f32"}
+    backbone = ov.convert_model(Backbone(model).eval(), example_input=image, input=list(image.shape))
+    cut_off, whole = (core.compile_model(each, "CPU", hint) for each in (backbone, exported))
+    cases = {
+        "backbone": lambda: cut_off(image.numpy()),
+        "export": lambda: whole(image.numpy()),
+        "export, 300 x 300": lambda: whole(photograph.numpy()),
+        "backbone in PyTorch": lambda: model.model.feature_extractor(image),
+        "SimpleNet in PyTorch": lambda: model.model(image),
+    }
+    seconds = interleaved(cases, turns)
+    size = "{} x {}".format(*image.shape[-2:])
+    return [
+        {
+            "in": "OpenVINO",
+            size: seconds["export"] / seconds["backbone"],
+            "300 x 300": seconds["export, 300 x 300"] / seconds["backbone"],
+        },
+        {"in": "PyTorch", size: seconds["SimpleNet in PyTorch"] / seconds["backbone in PyTorch"], "300 x 300": ""},
+    ]
+
+
+class Backbone(torch.nn.Module):
+    """A model's feature extractor, with a tuple as output."""
+
+    def __init__(self, model: SimpleNet) -> None:
+        super().__init__()
+        self.extractor = model.model.feature_extractor
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.extractor(image).values())
 
 
 def _benchmark_app(path: Path, seconds: int, hint: str, pattern: str) -> float:
