@@ -156,7 +156,7 @@ def test_exported_model_agrees_with_predict_on_images_larger_than_its_input(
         if "INT8" in str(arguments):  # single pixels may differ more
             assert difference.mean() < score_tolerance / 2
         else:
-            assert difference.max() < 1e-2
+            assert difference.max() < max(1e-2, 2 * score_tolerance)
         compared += 1
     assert compared >= 12
 

@@ -114,6 +114,7 @@ def test_readme_names_files_that_exist() -> None:
             written = Path(name).name in {
                 "part.png",
                 "mask.png",
+                "MASK.png",
                 "config.json",
                 "predictions.csv",
                 "predictions-rank0.csv",
