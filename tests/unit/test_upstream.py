@@ -178,7 +178,9 @@ def test_release_workers_stops_persistent_workers() -> None:
     left = set(multiprocessing.active_children()) - before
     for process in left:  # torch leaves those that take longer than 5 s to their own end
         process.join(timeout=60)
-    assert not any(process.is_alive() for process in left), "torch's DataLoader keeps persistent workers elsewhere than in _iterator"
+    assert not any(process.is_alive() for process in left), (
+        "torch's DataLoader keeps persistent workers elsewhere than in _iterator"
+    )
     assert [batch.tolist() for batch in loader] == [[0, 1]]
 
 
