@@ -171,7 +171,9 @@ def test_clone_dataloader_reads_other_data_with_workers_of_its_own() -> None:
 
 def test_release_workers_stops_persistent_workers() -> None:
     before = set(multiprocessing.active_children())
-    loader = DataLoader([0, 1], batch_size=2, num_workers=1, persistent_workers=True)
+    # Not forked: a fork of a process with other tests' threads may never end.
+    settings = {"persistent_workers": True, "multiprocessing_context": "spawn"}
+    loader = DataLoader([0, 1], batch_size=2, num_workers=1, **settings)
     list(loader)
     assert set(multiprocessing.active_children()) > before
     release_workers(loader)
