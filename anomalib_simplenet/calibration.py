@@ -42,8 +42,10 @@ class CalibratedPostProcessor(PostProcessor):
     pixel threshold keeps the same rate of normal images with any pixel marked. Otherwise thresholds are anomalib's.
     Sensitivities act on top: 0.5 leaves the rate alone, others move the threshold away from it.
 
-    Tables and rate are saved in checkpoints, not in the state dict: a checkpoint loads with any post-processor. Takes
-    the arguments of anomalib's ``PostProcessor``.
+    Tables and rate are saved in checkpoints, not in the state dict: a checkpoint loads with any post-processor.
+
+    Args:
+        **settings: Arguments of anomalib's ``PostProcessor``.
 
     Attributes:
         false_alarm_rate (float | None): ``false_alarm_rate`` of ``SimpleNet``.
@@ -120,9 +122,13 @@ class CalibratedPostProcessor(PostProcessor):
         batch.update(**self(predictions)._asdict())
 
     def check_rate(self, count: int | None = None) -> None:
-        """Refuse a rate that needs more normal validation images than ``count``, or than the tables have if ``None``.
+        """Refuse a rate that cannot be kept.
 
-        Refuse it as well where scores are not normalised: thresholds then are not used.
+        Args:
+            count (int | None): Number of normal validation images; ``None`` for that of the tables.
+
+        Raises:
+            ValueError: If there are too few, or scores are not normalised: thresholds then are not used.
         """
         if self.false_alarm_rate is None:
             return
@@ -134,8 +140,12 @@ class CalibratedPostProcessor(PostProcessor):
     def p_value(self, raw_scores: torch.Tensor) -> torch.Tensor | None:
         """Share of normal images that look at least as anomalous, counting the image itself.
 
-        Takes scores before normalisation, ``(N,)``. Returns ``(1 + number of calibration scores >= score) / (n + 1)``,
-        ``(N,)``, the least for NaN; ``None`` without calibration scores.
+        Args:
+            raw_scores (torch.Tensor): Scores before normalisation, ``(N,)``.
+
+        Returns:
+            torch.Tensor | None: ``(1 + number of calibration scores >= score) / (n + 1)``, ``(N,)``; the least for NaN.
+            ``None`` without calibration scores.
         """
         table = self.calibration_scores.to(raw_scores.device)
         if not len(table):
@@ -159,7 +169,11 @@ class CalibratedPostProcessor(PostProcessor):
 
 
 def calibrated(processor: nn.Module | None, rate: float | None) -> nn.Module | None:
-    """Give a model's post-processor a rate of false alarms; anomalib's own is replaced by one that can keep it."""
+    """Give a model's post-processor a rate of false alarms; anomalib's own is replaced by one that can keep it.
+
+    Raises:
+        ValueError: If the rate is not between 0 and 1, or the post-processor is another one.
+    """
     if processor is not None and type(processor) is PostProcessor:
         processor = CalibratedPostProcessor(**processor.checkpoint_config())
     if rate is None:
@@ -179,9 +193,17 @@ def needed_images(rate: float) -> int:
 
 
 def allowed_alarms(rate: float, count: int) -> int:
-    """Number among ``count`` calibration images and one more that may lie above the threshold of a rate.
+    """Number among calibration images and one more that may lie above the threshold.
 
-    ``floor((count + 1) * rate)``, exact for decimal rates; a ``ValueError`` if that is 0.
+    Args:
+        rate (float): Rate of false alarms.
+        count (int): Number of calibration images.
+
+    Returns:
+        int: ``floor((count + 1) * rate)``, exact for decimal rates.
+
+    Raises:
+        ValueError: If it is 0.
     """
     if count < needed_images(rate):
         msg = (
@@ -193,9 +215,12 @@ def allowed_alarms(rate: float, count: int) -> int:
 
 
 def guarantee(rate: float, count: int) -> str:
-    """Say what a rate means that was calibrated on a number of normal images; a ``ValueError`` if they are too few.
+    """Say what a rate means that was calibrated on a number of normal images.
 
     Given the calibration images, the rate in the long run has a beta distribution.
+
+    Raises:
+        ValueError: If there are too few.
 
     Example:
         >>> guarantee(0.01, 100)
@@ -209,6 +234,9 @@ def guarantee(rate: float, count: int) -> str:
 
 def _table(scores: torch.Tensor) -> torch.Tensor:
     """Sort scores, and thin out more than 10,000 from the highest down: p-values and thresholds grow, if anything."""
-    step = max(1, ceil(len(scores) / LARGEST_TABLE))
+    step = ceil(len(scores) / LARGEST_TABLE)
+    if step < 2:
+        return scores.sort().values
+    logger.info("Of the %d calibration scores, one in %d is kept.", len(scores), step)
     highest = scores.sort(descending=True).values
     return highest[: len(scores) // step * step : step].flip(0)

@@ -36,7 +36,8 @@ def differing(
 ) -> dict[str, Any]:
     """Arguments of the architecture that a checkpoint needs, where they differ from those a model was built with.
 
-    Refuses checkpoints of other models, of other formats, and of a module as backbone that the model was built without.
+    Raises:
+        ValueError: If it is no checkpoint of SimpleNet, or of a state before the first release.
     """
     if "model.discriminator.tail.weight" not in checkpoint["state_dict"]:
         msg = "This is no checkpoint of SimpleNet: it has no discriminator. Pass its own model with --model."

@@ -21,7 +21,10 @@ def check_number(
 ) -> None:
     """Refuse an argument that is no finite number in its range; NumPy's scalars are numbers, ``bool`` is not.
 
-    A ``ValueError`` names argument, value and range; ``hint`` ends it, such as ``"(the paper's value is 0.5)"``.
+    ``hint`` ends the message, such as ``"(the paper's value is 0.5)"``.
+
+    Raises:
+        ValueError: If the value is outside; the message names argument, value and range.
 
     Example:
         >>> check_number("margin", 0.5, above=0)

@@ -24,8 +24,8 @@ from wrapt import register_post_import_hook, wrap_function_wrapper
 def attach_trainer(module: LightningModule, trainer: Trainer | None, epochs: int) -> None:
     """Set ``LightningModule.trainer``; a fit that the user gave no limit of epochs, steps or time gets ``epochs``.
 
-    Right after this moment, before any hook, Lightning puts 1000 epochs in place of nothing, which cannot be told from
-    the user's own 1000. ``Trainer.max_epochs`` has no setter.
+    Purpose: the paper's schedule by default. Lightning puts 1000 epochs in place of nothing right after this moment,
+    before any hook, and the user's own 1000 cannot be told from them. ``Trainer.max_epochs`` has no setter.
     """
     LightningModule.trainer.fset(module, trainer)
     if trainer is None or trainer.state.fn != TrainerFn.FITTING:
@@ -36,9 +36,10 @@ def attach_trainer(module: LightningModule, trainer: Trainer | None, epochs: int
 
 
 def run_validation(trainer: Trainer) -> None:
-    """Validate in the middle of a fit, as Lightning does at an epoch's end; ``Trainer.validate`` would end the fit.
+    """Validate in the middle of a fit, as Lightning does at an epoch's end.
 
-    https://github.com/Lightning-AI/pytorch-lightning/issues/4539 asked to validate on the last epoch.
+    Purpose: thresholds for the last weights, whatever ended training. ``Trainer.validate`` would end the fit
+    (https://github.com/Lightning-AI/pytorch-lightning/issues/4539 asked to validate on the last epoch).
     """
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()

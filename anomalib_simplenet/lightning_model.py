@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from anomalib import LearningType
+from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.data.utils.tiler import Tiler
 from anomalib.metrics import Evaluator
@@ -122,10 +123,14 @@ class SimpleNet(ExactExport, AnomalibModule):
         self.loss = TruncatedL1Loss(margin)
         self.model = SimpleNetModel(**architecture)
         self.model.region = None if region is None else Region.read(region, self.pre_processor)
-        self._restored_tiler: Tiler | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that anomalib's batches do not go with, and images that the backbone cannot take."""
+        """Check what the trainer brings, before any work.
+
+        Raises:
+            ValueError: If the trainer's precision is not one that anomalib's batches go with, or images would be
+                smaller than the backbone can take.
+        """
         super().setup(stage)
         if self.trainer.precision not in {"32-true", "16-mixed", "bf16-mixed"}:
             msg = f"precision is {self.trainer.precision}, expected 32-true, 16-mixed or bf16-mixed."
@@ -158,9 +163,10 @@ class SimpleNet(ExactExport, AnomalibModule):
         return loss
 
     def predict_step(self, batch: Batch, *_args, **_kwargs) -> Batch:
-        """Predict one batch; a ``ValueError`` names images with pixels or scores that are not finite.
+        """Predict one batch; so do validation, for anomalib's thresholds, and test.
 
-        Validation, for anomalib's thresholds, and test do the same.
+        Raises:
+            ValueError: If pixels or scores of an image are not finite.
         """
         predictions = self.model(batch.image)
         check_finite(batch, batch.image, "pixels are NaN or infinite: expected numbers from 0 to 1")
@@ -191,7 +197,8 @@ class SimpleNet(ExactExport, AnomalibModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint load without network and on other machines: it holds the backbone's weights.
 
-        Trained weights that are not finite are not saved: they raise a ``ValueError``.
+        Raises:
+            ValueError: If the trained weights are not finite: such weights are not saved.
         """
         super().on_save_checkpoint(checkpoint)
         trained = {name: value for name, value in self.model.state_dict().items() if "feature_extractor" not in name}
@@ -210,10 +217,10 @@ class SimpleNet(ExactExport, AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take architecture and pre-processor from the checkpoint, and keep requested sensitivities.
 
-        A ``ValueError`` says if it is no checkpoint of SimpleNet, needs a backbone from Python, or has another region.
+        Raises:
+            ValueError: If it is no checkpoint of SimpleNet, needs a backbone from Python, or has another region.
         """
-        attached = super().configure_callbacks()
-        tiler = None if self.model.tiler is self._restored_tiler else self.model.tiler  # a callback's
+        attached, tiler = super().configure_callbacks(), self.model.tiler
         with keep_sensitivities(self.post_processor):
             super().on_load_checkpoint(checkpoint)
         kept = super().configure_callbacks()  # without components that the checkpoint was trained without
@@ -227,12 +234,13 @@ class SimpleNet(ExactExport, AnomalibModule):
             self.hparams.update(portable(self.hparams, self.model) | found)
             self.model = SimpleNetModel(**{name: self.hparams[name] for name in ARCHITECTURE})
         saved = checkpoint.get("simplenet_tiler")
-        self._restored_tiler = saved and Tiler(**saved)
-        self.model.tiler = tiler or self._restored_tiler
+        self.model.tiler = saved and Tiler(**saved)
         try:
             trainer = self.trainer
         except RuntimeError:  # load_from_checkpoint has none
             return
+        if any(isinstance(each, TilerConfigurationCallback) and each.enable for each in trainer.callbacks):
+            self.model.tiler = tiler  # set up by the callback
         trainer.callbacks = [each for each in trainer.callbacks if each in kept or each not in attached]
         if isinstance(trainer.datamodule, AnomalibDataModule):  # set up before, with another pre-processor's image size
             trainer.datamodule.setup(trainer.state.fn)
@@ -245,9 +253,8 @@ class SimpleNet(ExactExport, AnomalibModule):
         final validation before checkpoint callbacks, which Lightning calls last, so that thresholds are saved with the
         weights.
         """
-        components: list[Callback] = [RegionPixels()]
+        components, inside = [RegionPixels()], RegionMetrics()
         for component in super().configure_callbacks():
-            inside = RegionMetrics()
             components += [inside, component, inside.restored] if component is self.evaluator else [component]
         training = [HoldOut(), UnreadableImages(), Resume(), self.feature_cache, WhiteningPass(), FinalValidation()]
         return [*components, *training, *([Predictions(), Report()] if self.report else [])]

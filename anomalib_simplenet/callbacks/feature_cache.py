@@ -83,7 +83,10 @@ class FeatureCache(Callback):
 def iterate_features(trainer: Trainer, pl_module: LightningModule, title: str) -> Iterator[list[torch.Tensor]]:
     """Feature maps of all training images, before training: per batch, for each layer ``(N, C, h, w)`` in float32.
 
-    Fills the cache, and draws none of the training's random numbers. Refuses an unknown number of batches.
+    Fills the cache, and draws none of the training's random numbers.
+
+    Raises:
+        ValueError: If the number of batches is not known, so that the pass might never end.
     """
     count = trainer.num_training_batches
     if count == float("inf"):

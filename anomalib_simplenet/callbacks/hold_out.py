@@ -33,7 +33,8 @@ class HoldOut(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold images out, before anything reads the training images.
 
-        A ``ValueError`` says if there are too few for the rate, or the checkpoint was trained on some of them.
+        Raises:
+            ValueError: If there are too few normal images for the rate, or the checkpoint was trained on some of them.
         """
         processor, data = pl_module.post_processor, trainer.datamodule
         rate = getattr(processor, "false_alarm_rate", None)

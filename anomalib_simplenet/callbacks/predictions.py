@@ -11,8 +11,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 logger = logging.getLogger(__name__)
 
-_OF_ONE_IMAGE = ("image_path", "pred_score", "p_value", "pred_label", "gt_label")
-COLUMNS = (*_OF_ONE_IMAGE, "image_threshold", "pixel_threshold", "model", "checkpoint")
+COLUMNS = (
+    "image_path",
+    "pred_score",
+    "p_value",
+    "pred_label",
+    "gt_label",
+    "image_threshold",
+    "pixel_threshold",
+    "model",
+    "checkpoint",
+)
 
 
 class Predictions(Callback):
@@ -25,7 +34,9 @@ class Predictions(Callback):
 
     With several processes each writes the images that Lightning assigns to it, some of them twice in a test, to a table
     of its own: ``predictions-rank0.csv``, ``predictions-rank1.csv``, ... Test and predict on one device for one table.
-    ``table`` is the path of that of the current or last run.
+
+    Attributes:
+        table (Path): The table of the current or last run.
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,11 +59,14 @@ class Predictions(Callback):
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: ImageBatch, *_args) -> None:
         """Write a batch's rows."""
-        unknown = [None] * len(outputs.pred_score)
-        given = (outputs.pred_score, getattr(outputs, "p_value", None), outputs.pred_label, outputs.gt_label)
-        columns = (unknown if each is None else (each + 0).flatten().tolist() for each in given)  # booleans as 0 and 1
+        scores = outputs.pred_score.flatten().tolist()
+        unknown = [None] * len(scores)
+        labels = unknown if outputs.pred_label is None else outputs.pred_label.int().flatten().tolist()
+        p_value = getattr(outputs, "p_value", None)
+        p_values = unknown if p_value is None else p_value.tolist()
+        truth = unknown if outputs.gt_label is None else outputs.gt_label.int().flatten().tolist()
         same = [threshold(pl_module, "image"), threshold(pl_module, "pixel"), pl_module.name, trainer.ckpt_path]
-        rows = zip(outputs.image_path or unknown, *columns, strict=True)
+        rows = zip(outputs.image_path or unknown, scores, p_values, labels, truth, strict=True)
         self._writer.writerows([*row, *same] for row in rows)
         self._file.flush()
 
@@ -65,6 +79,11 @@ class Predictions(Callback):
     on_predict_batch_end = on_test_batch_end
     on_predict_end = on_test_end
 
+    def on_exception(self, trainer: Trainer, _pl_module: LightningModule, exception: BaseException) -> None:
+        """Explain the bare assertion of Lightning's sampler for prediction: each process needs an image."""
+        if trainer.predicting and trainer.world_size > 1 and type(exception) is AssertionError and not exception.args:
+            exception.args = (f"Fewer images than the {trainer.world_size} processes? Then predict with one device.",)
+
 
 def report_of(table: Path) -> Path:
     """Where the report of a table stands."""
@@ -74,7 +93,12 @@ def report_of(table: Path) -> Path:
 def threshold(model: LightningModule, kind: str) -> float | None:
     """Threshold of a model's normalised scores, ``1 - sensitivity``: what lies above is labelled defective.
 
-    ``kind`` is ``"image"`` or ``"pixel"``; ``None`` where the model has no labels.
+    Args:
+        model (AnomalibModule): The model.
+        kind (str): ``"image"`` or ``"pixel"``.
+
+    Returns:
+        float | None: The threshold, ``None`` where the model has no labels.
     """
     if not getattr(model.post_processor, "enable_thresholding", False):
         return None

@@ -14,7 +14,11 @@ class WhiteningPass(Callback):
     """Fit the model's whitening on all training images, unless training resumes from a checkpoint that holds it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse Lightning's ``WeightAveraging``, which copies the model, before local matrices have a size."""
+        """Refuse what copies the model before its matrices have a size.
+
+        Raises:
+            ValueError: If Lightning's ``WeightAveraging`` meets local whitening.
+        """
         averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
         if stage == "fit" and averages and getattr(pl_module.model.whitening, "local", False):
             msg = 'whiten is "local", which Lightning\'s WeightAveraging cannot average: set averaging to true instead.'

@@ -59,9 +59,10 @@ class ExactExport(ExportMixin):
         return self.post_processor(predictions) if self.post_processor else predictions
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export as anomalib does, but never a rate of false alarms that the post-processor cannot keep.
+        """Export as anomalib does. Without a folder from the user, exports are written beside the checkpoint.
 
-        Without a folder from the user, exports are written beside the checkpoint.
+        Raises:
+            ValueError: If the post-processor cannot keep its rate of false alarms.
         """
         if isinstance(self.post_processor, CalibratedPostProcessor):
             self.post_processor.check_rate()

@@ -50,8 +50,10 @@ def quantize(
     images. ``INT8_ACQ`` then leaves operations in float32 until ``metric``, higher for better, of its test images loses
     at most ``max_drop``, from 0 to 1; the metric is anomalib's, or one of :data:`METRICS` of images, by default
     ``"F1Score"``.
-    ``head`` is what :func:`head_operations` gives. A ``ValueError`` says if the data module is missing, ``metric`` is
-    unknown, or ``max_drop`` is out of its range.
+    ``head`` is what :func:`head_operations` gives.
+
+    Raises:
+        ValueError: If the data module is missing, ``metric`` is unknown, or ``max_drop`` is out of its range.
     """
     import nncf
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet

@@ -48,8 +48,9 @@ def exportable_transform(transform: Transform | None) -> Transform | None:
 def check_exportable(transform: Transform | None, input_size: tuple[int, int] | None) -> None:
     """Refuse transforms whose output size depends on an unknown image size; warn about resizes that are not exact.
 
-    The size is unknown if ``input_size``, ``(height, width)`` of the images, is ``None``, and the exportable
-    ``transform`` resizes images to a single number (the shorter side), or crops them before it resizes.
+    Raises:
+        ValueError: If ``input_size``, ``(height, width)`` of the images, is ``None``, and the exportable ``transform``
+            resizes images to a single number (the shorter side), or crops them before it resizes.
     """
     sized = input_size is not None
     for step in _steps(transform):

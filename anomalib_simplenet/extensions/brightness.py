@@ -17,8 +17,14 @@ def equalize_brightness(images: torch.Tensor, region: Region | None = None) -> t
     """Scale the pixels of each image so that their mean is ImageNet's, about 0.45.
 
     Lamps age, and exposure differs between the days of training and production. A defect is small: it moves the mean of
-    an image little. Takes and returns images ``(N, 3, H, W)``, normalised with ImageNet's mean and standard deviation,
-    and scales them as before that normalisation. With a region, the mean is that of its pixels.
+    an image little.
+
+    Args:
+        images (torch.Tensor): Images of shape ``(N, 3, H, W)``, normalised with ImageNet's mean and standard deviation.
+        region (Region | None): The pixels whose mean it is. Defaults to ``None``: all.
+
+    Returns:
+        torch.Tensor: The same, scaled before that normalisation.
     """
     mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
     pixels = (images * std).add_(mean)  # in place: large images take much memory

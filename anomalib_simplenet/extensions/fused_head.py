@@ -53,8 +53,12 @@ class FusedHead(nn.Module):
     """Whitening, adapter and discriminator in eval mode, folded together; a frozen copy without parameters or state.
 
     Between two activations, linear layers and batch norm are one affine map ``W x + b``. The first of them is applied
-    to each layer on its own grid (:func:`project`). ``linear`` are whitening and adapter, ``segments`` the part of the
-    embedding that each layer contributes to.
+    to each layer on its own grid (:func:`project`).
+
+    Args:
+        linear (Sequence[Affine]): What stands before the discriminator: whitening and adapter.
+        discriminator (Discriminator): Trained discriminator.
+        segments (Sequence[slice]): The part of the embedding that each layer contributes to.
     """
 
     @torch.inference_mode(False)

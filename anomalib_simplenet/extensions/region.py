@@ -40,7 +40,8 @@ class Region(nn.Module):
     def read(cls, path: Path | str, pre_processor: nn.Module | None) -> Region:
         """Read a mask image and resize and crop it as the pre-processor does images.
 
-        A ``ValueError`` says if there is no such image, nothing in it counts, or the pre-processor is not anomalib's.
+        Raises:
+            ValueError: If there is no such image, nothing in it counts, or the pre-processor is not anomalib's.
         """
         if pre_processor is not None and not isinstance(pre_processor, PreProcessor):
             msg = f"region is {str(path)!r}, which needs a pre_processor of anomalib's class PreProcessor to resize it."

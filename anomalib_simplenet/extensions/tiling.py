@@ -14,8 +14,10 @@ def extract_tiles(extractor: FeatureExtractor, images: torch.Tensor, tiler: Tile
 
     Each position comes from the tile whose border is farthest, where anomalib's ``Tiler.untile`` takes the mean of all
     tiles, also of those that see padding in place of neighbouring pixels. So maps equal those of the whole image if
-    half the overlap covers the receptive field's radius. Raises a ``ValueError`` if the tiles do not fit the images or
-    the backbone.
+    half the overlap covers the receptive field's radius.
+
+    Raises:
+        ValueError: If the tiles do not fit the images or the backbone.
     """
     if tiler is None:
         return list(extractor(images).values())

@@ -66,7 +66,11 @@ class Whitening(nn.Module):
         return Affine(self.weight[0] @ self.projection, -self.weight[0] @ self.mean.flatten())
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Whiten embeddings ``(N, dimension, h, w)``: ``(N, k, h, w)``; on the grid of the fit where it was local."""
+        """Whiten embeddings of shape ``(N, dimension, h, w)``: ``(N, k, h, w)``.
+
+        Raises:
+            ValueError: If positions have statistics of their own, and the grid is not the one they were fitted on.
+        """
         if self.affine is not None:
             return nn.functional.conv2d(embedding, self.affine.weight[:, :, None, None], self.affine.bias)
         height, width = self.mean.shape[1:]
@@ -83,11 +87,17 @@ class Whitening(nn.Module):
         return white.permute(1, 2, 0).reshape(-1, self.components, height, width)
 
     def moments(self, embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Moments of the patches of batches ``(N, dimension, h, w)``; those of several sets add up.
+        """Moments of patches; those of several sets add up.
 
-        Returns count, sum and sum of outer products, ``(1 + dimension + dimension**2, h, w)``, where h and w are 1 if
-        positions share them: of a batch's in single precision, of the batches in double. Matrices that would take more
-        than 2 GiB raise a ``ValueError``.
+        Args:
+            embeddings (Iterable[torch.Tensor]): Of batches, of shape ``(N, dimension, h, w)`` each.
+
+        Returns:
+            torch.Tensor: Count, sum and sum of outer products, of shape ``(1 + dimension + dimension**2, h, w)``, where
+            h and w are 1 if positions share them: of a batch's in single precision, of the batches in double.
+
+        Raises:
+            ValueError: If the matrices would take more than 2 GiB.
         """
         dimension, grid = self.dimension, (1, 1)
         moments = torch.zeros(0, 1 + dimension + dimension**2, dtype=torch.float64)  # a row for each position
@@ -111,7 +121,11 @@ class Whitening(nn.Module):
         return moments.mT.unflatten(1, grid).contiguous()
 
     def fit(self, moments: torch.Tensor) -> None:
-        """Take means and covariances from :meth:`moments`, which must be of two or more patches that differ."""
+        """Take means and covariances from :meth:`moments`.
+
+        Raises:
+            ValueError: If they are of one patch a position, of patches that are all the same, or too large.
+        """
         count, dimension = moments[0, 0, 0], self.dimension
         if count < 2:
             msg = 'There is 1 training image, expected 2 or more: whiten "local" compares images. Set whiten to true.'

@@ -61,6 +61,7 @@ def test_check_passes_an_export_and_measures_it(
 ) -> None:
     code = run(monkeypatch, exported / "model.xml", exported / "model.ckpt", exported / "other", speed=True)
     output = capsys.readouterr().out
+    assert float(re.search(r"mask +differs by at most (\S+), for", output)[1]) < 1e-3  # of the pixels
     for name in ("score", "anomaly map", "p-value"):
         assert float(re.search(rf"{name} +differs by at most (\S+), for .*/other/\d+.png", output)[1]) < 1e-5
     assert (code, re.findall(r"label +differs for (\d) of 8 images", output)) == (0, ["0"]), output
@@ -91,6 +92,8 @@ def test_check_finds_differences_and_labels_of_another_checkpoint(
         pairs = [(getattr(one, field), getattr(other, field)) for one, other in zip(*answers, strict=True)]
         largest = max((one - other).abs().max().item() for one, other in pairs)
         assert float(re.search(rf"{name} +differs by at most (\S+),", output)[1]) == pytest.approx(largest, rel=0.06)
+    masks = max((one.pred_mask != other.pred_mask).float().mean().item() for one, other in zip(*answers, strict=True))
+    assert float(re.search(r"mask +differs by at most (\S+),", output)[1]) == pytest.approx(masks, rel=0.06)
     differing = sum((one.pred_label != other.pred_label).item() for one, other in zip(*answers, strict=True))
     assert f"differs for {differing} of 8 images" in output
     lines = re.findall(r"\d.png: (?:defective|normal), score [\d.]+, checkpoint's [\d.]+$", output, re.MULTILINE)

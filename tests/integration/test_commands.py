@@ -9,6 +9,7 @@ import torch
 from anomalib.cli import AnomalibCLI
 from anomalib.data import ImageBatch
 from anomalib.deploy import OpenVINOInferencer, TorchInferencer
+from lightning import seed_everything
 from PIL import Image
 
 from anomalib_simplenet import SimpleNet
@@ -35,6 +36,7 @@ class Workshop:
         settings = {"name": "mono", "root": str(folder / "mono"), "num_workers": 0, "train_batch_size": 8, "seed": 0}
         data = {"class_path": "anomalib.data.Folder", "init_args": {**settings, **folders}}
         self.data = ["--data", json.dumps(data)]
+        seed_everything(0, verbose=False)  # how much FP16 moves scores depends on their range, and so on the training
         cli = self.run("fit", *self.model, *self.where, *self.data, "--trainer.max_epochs", "8")
         self.checkpoint = Path(cli.engine.trainer.checkpoint_callback.best_model_path)
 
@@ -156,7 +158,7 @@ def test_exported_model_agrees_with_predict_on_images_larger_than_its_input(
         if "INT8" in str(arguments):  # single pixels may differ more
             assert difference.mean() < score_tolerance / 2
         else:
-            assert difference.max() < max(1e-2, 2 * score_tolerance)
+            assert difference.max() < 1e-2
         compared += 1
     assert compared >= 12
 

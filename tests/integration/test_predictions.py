@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from anomalib.engine import Engine
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from anomalib_simplenet.callbacks.predictions import COLUMNS, Predictions
@@ -101,6 +102,14 @@ def test_predictions_of_two_processes_are_two_tables_without_a_report(pictures: 
         assert [row["image_path"] for row in read(table)] == [*paths, paths[0]][rank::2]
     assert process.returncode == 0
     assert "Traceback" not in process.stderr
+
+
+def test_predictions_explain_the_bare_assertion_of_fewer_images_than_processes() -> None:
+    with pytest.raises(AssertionError) as raised:
+        UnrepeatedDistributedSampler(["image"], num_replicas=2, rank=1)
+    assert str(raised.value) == ""
+    Predictions().on_exception(SimpleNamespace(predicting=True, world_size=2), None, raised.value)
+    assert str(raised.value) == "Fewer images than the 2 processes? Then predict with one device."
 
 
 def main() -> None:

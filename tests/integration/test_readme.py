@@ -17,8 +17,8 @@ from anomalib_simplenet import SimpleNet
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-# Installing is test_package.py's, a benchmark of small models test_configs.py's, the check test_check.py's.
-ELSEWHERE = ("git ", "pip ", "anomalib benchmark ", "python -m anomalib_simplenet.check ")
+# Installing is test_package.py's, a benchmark of small models test_configs.py's.
+ELSEWHERE = ("git ", "pip ", "anomalib benchmark ")
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -40,7 +40,11 @@ def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         assert words[:2] == ["python", "-m"]
         monkeypatch.setattr(sys, "argv", words[2:])
-        runpy.run_module(words[2], run_name="__main__")
+        try:
+            runpy.run_module(words[2], run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
 
 
 def link(images: list[Path], folder: Path) -> None:
@@ -126,4 +130,4 @@ def test_readme_names_files_that_exist() -> None:
 def test_readme_is_short() -> None:
     text = README.read_text()
     assert len(text.splitlines()) < 230
-    assert len([word for word in text.split() if word != "|"]) < 1600
+    assert len(text.split()) < 1600

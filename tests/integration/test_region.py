@@ -12,6 +12,7 @@ import torch
 from anomalib.data import ImageBatch, ImageItem, PredictDataset
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, Evaluator
+from anomalib.pipelines.tiled_ensemble.components.utils.ensemble_tiling import EnsembleTiler, TileCollater
 from anomalib.pre_processing import PreProcessor
 from PIL import Image, ImageFilter
 from sklearn.metrics import roc_auc_score
@@ -310,6 +311,26 @@ def test_exports_hold_the_region(trained: tuple, tmp_path: Path) -> None:
             np.testing.assert_array_equal(answer[field], same[field])
             value = getattr(expected, field).detach()
             np.testing.assert_allclose(answer[field].astype(float), value.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_outside_that_are_not_finite_count_for_nothing(tmp_path: Path) -> None:
+    inside = torch.from_numpy(write_region(tmp_path / "region.png"))
+    model = tiny_model(image_size=SIZE, region=tmp_path / "region.png", normalize_brightness=True).model.eval()
+    images = torch.rand(2, 3, *SIZE)
+    answer, same = (model(each) for each in (images, images.masked_fill(~inside, torch.nan)))
+    assert torch.equal(answer.pred_score, same.pred_score)
+    assert torch.equal(answer.anomaly_map, same.anomaly_map)
+    assert model(images.masked_fill(inside, torch.nan)).pred_score.isposinf().all()
+
+
+def test_fit_refuses_tiles_of_the_ensemble_with_a_region(trained: tuple, tmp_path: Path) -> None:
+    write_region(tmp_path / "region.png")
+    data = folder_data(trained[2])
+    tiler = EnsembleTiler(tile_size=[40, 32], stride=[40, 32], image_size=list(SIZE))
+    data.external_collate_fn = TileCollater(tiler, (0, 0), default_collate_fn=ImageBatch.collate)
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path / "results", accelerator="cpu")
+    with pytest.raises(ValueError, match="tiled_ensemble trains on tiles, but region is of whole images"):
+        engine.fit(tiny_model(image_size=SIZE, region=tmp_path / "region.png"), datamodule=data)
 
 
 def test_summarise_neither_raises_nor_lowers_the_rim() -> None:

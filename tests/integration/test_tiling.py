@@ -108,12 +108,13 @@ def test_tiler_of_the_callback_is_kept_by_the_checkpoint(pictures: Path) -> None
 
 
 def test_checkpoint_without_tiles_follows_one_with_tiles(pictures: Path) -> None:
-    _, tiles = train(pictures)
+    model, tiles = train(pictures)
     engine = Engine(max_epochs=1, default_root_dir=pictures.parent / "whole", accelerator="cpu")
     engine.fit(tiny_model(**QUIET), datamodule=folder_data(pictures, val_split_mode="same_as_test"))
     whole = Path(engine.best_model_path)
     expected = predict(SimpleNet.load_from_checkpoint(whole), pictures)
     assert torch.equal(predict(SimpleNet.load_from_checkpoint(tiles), pictures, whole), expected)
+    assert torch.equal(predict(model, pictures, whole), expected)
 
 
 def test_feature_cache_with_tiles_gives_the_same_weights(pictures: Path) -> None:
