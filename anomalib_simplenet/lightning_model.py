@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from anomalib import LearningType
-from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.data.utils.tiler import Tiler
 from anomalib.metrics import Evaluator
@@ -220,6 +219,8 @@ class SimpleNet(ExactExport, AnomalibModule):
         Raises:
             ValueError: If it is no checkpoint of SimpleNet, needs a backbone from Python, or has another region.
         """
+        from anomalib.callbacks import TilerConfigurationCallback  # it imports anomalib.models: see registry.py
+
         attached, tiler = super().configure_callbacks(), self.model.tiler
         with keep_sensitivities(self.post_processor):
             super().on_load_checkpoint(checkpoint)

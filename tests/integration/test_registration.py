@@ -99,6 +99,7 @@ for name in ("SimpleNet", "anomalib.models.SimpleNet"):
     [
         "import torch",
         "import anomalib.models",
+        "import anomalib.callbacks",
         "from anomalib.engine import Engine",
         "from anomalib_simplenet import SimpleNet",
         "import anomalib_simplenet.lightning_model",
