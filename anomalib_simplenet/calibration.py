@@ -65,12 +65,11 @@ class CalibratedPostProcessor(PostProcessor):
         return {**super().checkpoint_config(), "false_alarm_rate": self.false_alarm_rate, **tables}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Take settings and tables from a checkpoint, and its rate where no other was requested."""
+        """Take settings, rate and tables from a checkpoint."""
         super().load_checkpoint_config(config)
         self.calibration_scores = config.get("calibration_scores", torch.empty(0))
         self.calibration_peaks = config.get("calibration_peaks", torch.empty(0))
-        if self.false_alarm_rate is None:
-            self.false_alarm_rate = config.get("false_alarm_rate")
+        self.false_alarm_rate = config.get("false_alarm_rate")
 
     def on_validation_start(self, *_args: object) -> None:
         """Forget a validation that was interrupted."""

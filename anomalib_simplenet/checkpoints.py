@@ -1,32 +1,40 @@
 """Checkpoints that load without network, folder or arguments: they hold weights and architecture."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from anomalib.post_processing import PostProcessor
 from torch import nn
 
 from .torch_model import SimpleNetModel
 
+if TYPE_CHECKING:
+    from anomalib.models import AnomalibModule
+
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT, READABLE = 3, {2, 3}  # those of format 2 have top_patches and rate among the hyper-parameters
 ARCHITECTURE = {name: parameter.default for name, parameter in signature(SimpleNetModel).parameters.items()}
-_NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise", "noise", "patch_fraction"}
-INFERENCE = {"top_patches"}
-_DEFAULT_SENSITIVITY = 0.5
+_NOT_IN_WEIGHTS = {"pre_trained", "noise_std", "mix_noise", "noise", "patch_fraction", "top_patches"}
+# What inference can be asked for, with the values that mean unset: a checkpoint's then count.
+UNSET = {
+    "false_alarm_rate": None,
+    "image_sensitivity": 0.5,
+    "pixel_sensitivity": 0.5,
+    "top_patches": ARCHITECTURE["top_patches"],
+}
 
 
 def portable(hyper_parameters: Mapping[str, Any], model: SimpleNetModel) -> dict[str, Any]:
     """Arguments, of plain types, that rebuild a model anywhere, from those that it was built with.
 
-    They hold all of the architecture, the backbone as timm's name and arguments, or ``None`` for a module.
+    They hold all of the architecture, the backbone as timm's name and arguments, or ``None`` for a module. What a
+    checkpoint keeps elsewhere is unset: a model built with it would seem to have been asked for it.
     """
     in_weights = {"pre_trained": False, "region": None}
+    in_weights |= {name: UNSET[name] for name in ("false_alarm_rate", "top_patches")}
     arguments = {**ARCHITECTURE, **hyper_parameters, **model.feature_extractor.config, **in_weights}
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()}
 
@@ -42,7 +50,7 @@ def differing(
     if "model.discriminator.tail.weight" not in checkpoint["state_dict"]:
         msg = "This is no checkpoint of SimpleNet: it has no discriminator. Pass its own model with --model."
         raise ValueError(msg)
-    if checkpoint.get("simplenet_format") != FORMAT:
+    if checkpoint.get("simplenet_format") not in READABLE:
         msg = (
             f"The checkpoint has format {checkpoint.get('simplenet_format')}, expected {FORMAT}: it was made by "
             "another version of anomalib-simplenet. Use that version, or train again."
@@ -53,8 +61,7 @@ def differing(
         saved = {**saved, "backbone": None}
     found = {}
     for name in ARCHITECTURE.keys() - _NOT_IN_WEIGHTS:
-        requested = name in INFERENCE and own[name] != ARCHITECTURE[name]
-        if _comparable(saved[name]) != _comparable(own[name]) and not requested:
+        if _comparable(saved[name]) != _comparable(own[name]):
             found[name] = saved[name]
     if found and None in {saved["backbone"], own["backbone"]}:
         msg = f"The checkpoint was trained with {found}: build the model with these; it does not hold a module."
@@ -62,24 +69,42 @@ def differing(
     return found
 
 
-@contextmanager
-def keep_sensitivities(processor: nn.Module | None) -> Iterator[None]:
-    """Load a checkpoint without losing the sensitivities that the user gave a post-processor.
+class Requests:
+    """Which settings of inference the user asked a model for, though checkpoints bring others, one after another."""
 
-    The default of 0.5 cannot be told from unset: the checkpoint's then stays, with a warning.
-    """
-    names = ("image_sensitivity", "pixel_sensitivity") if isinstance(processor, PostProcessor) else ()
-    requested = {name: getattr(processor, name) for name in names}
-    yield
-    for name, value in requested.items():
-        saved = getattr(processor, name)
-        if value != _DEFAULT_SENSITIVITY:
-            setattr(processor, name, value)
-        elif saved != value:
+    def __init__(self) -> None:
+        self._brought: dict[str, Any] = {}
+
+    def of(self, module: "AnomalibModule") -> dict[str, Any]:
+        """Settings that are neither unset nor those that the last checkpoint brought."""
+        found = {name: getattr(_owner(module, name), name, unset) for name, unset in UNSET.items()}
+        return {name: value for name, value in found.items() if value not in {UNSET[name], self._brought.get(name)}}
+
+    def restore(self, module: "AnomalibModule", requested: Mapping[str, Any], top_patches: int) -> None:
+        """Put settings back that a checkpoint, whose ``top_patches`` these are, has just replaced with its own.
+
+        A sensitivity of 0.5 cannot be told from unset: the checkpoint's then stays, with a warning.
+        """
+        module.model.top_patches = top_patches
+        self._brought = {name: getattr(_owner(module, name), name, unset) for name, unset in UNSET.items()}
+        for name, value in requested.items():
+            setattr(_owner(module, name), name, value)
+            del self._brought[name]
+        for name in ("image_sensitivity", "pixel_sensitivity"):
+            if self._brought.get(name, UNSET[name]) != UNSET[name]:
+                logger.warning(
+                    "Using %s=%s from the checkpoint. %s cannot be told from unset: for it, pass %s.",
+                    *(name, self._brought[name], UNSET[name], UNSET[name] + 1e-3),
+                )
+        if requested.get("top_patches", top_patches) != top_patches:
             logger.warning(
-                "Using %s=%s from the checkpoint. %s cannot be told from unset: for it, pass %s.",
-                *(name, saved, value, _DEFAULT_SENSITIVITY + 1e-3),
+                "top_patches is %d, but thresholds and p-values of the checkpoint are those of %d: validate anew.",
+                *(requested["top_patches"], top_patches),
             )
+
+
+def _owner(module: "AnomalibModule", name: str) -> Any:  # noqa: ANN401
+    return module.model if name == "top_patches" else module.post_processor
 
 
 def _comparable(value: Any) -> Any:  # noqa: ANN401

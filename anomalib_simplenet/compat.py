@@ -152,11 +152,12 @@ def mark_precise(node: Any) -> None:  # noqa: ANN401
 
 
 @cache
-def pass_requests_to_export() -> None:
-    """Have ``Engine.export``, and so ``anomalib export``, load checkpoints by a model's ``as_requested``, if any.
+def adapt_engine() -> None:
+    """Have anomalib's ``Engine``, and so its command line, treat checkpoints of models that have ``as_requested`` well.
 
-    anomalib builds the model anew from its class and the checkpoint, without the arguments that the user gave. Not to
-    be called while anomalib is being imported.
+    ``Engine.export`` builds the model anew from its class and the checkpoint, without the arguments that the user gave:
+    ``as_requested`` loads it. ``Engine.train`` resumes from a checkpoint, and then tests that one: here it tests the
+    weights just trained. Not to be called while anomalib is being imported.
     """
 
     def export(wrapped: Callable[..., Any], _engine: Any, args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
@@ -166,8 +167,17 @@ def pass_requests_to_export() -> None:
             call.arguments.update(model=model.as_requested(Path(path).resolve()), ckpt_path=None)
         return wrapped(*call.args, **call.kwargs)
 
-    patch = partial(wrap_function_wrapper, name="Engine.export", wrapper=export)
-    register_post_import_hook(patch, "anomalib.engine.engine")
+    def train(wrapped: Callable[..., Any], engine: Any, args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        given = signature(wrapped).bind(*args, **kwargs).arguments
+        if not given.get("ckpt_path") or not hasattr(given["model"], "as_requested"):
+            return wrapped(*args, **kwargs)
+        tested = given.pop("test_dataloaders", None)
+        engine.fit(**given)
+        return engine.trainer.test(given["model"], tested, datamodule=given.get("datamodule"))
+
+    for name, wrapper in {"Engine.export": export, "Engine.train": train}.items():
+        patch = partial(wrap_function_wrapper, name=name, wrapper=wrapper)
+        register_post_import_hook(patch, "anomalib.engine.engine")
 
 
 def add_batch_field(name: str) -> None:

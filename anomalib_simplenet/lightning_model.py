@@ -15,6 +15,7 @@ from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.optim import Adam, Optimizer
+from torchmetrics import Metric
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from .calibration import calibrated
@@ -28,9 +29,9 @@ from .callbacks.report import Report
 from .callbacks.resume import Resume
 from .callbacks.unreadable_images import UnreadableImages
 from .callbacks.whitening import WhiteningPass
-from .checkpoints import ARCHITECTURE, FORMAT, differing, keep_sensitivities, portable
+from .checkpoints import ARCHITECTURE, FORMAT, Requests, differing, portable
 from .checks import check_finite, check_number
-from .compat import attach_trainer, pass_requests_to_export
+from .compat import adapt_engine, attach_trainer
 from .export.exporter import ExactExport
 from .extensions.brightness import MEAN, STD, normalizes_as_imagenet
 from .extensions.region import Region
@@ -106,7 +107,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         report: bool = True,
         **architecture: Any,  # noqa: ANN401
     ) -> None:
-        pass_requests_to_export()
+        adapt_engine()
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.post_processor = calibrated(self.post_processor, false_alarm_rate)
         if evaluator is True and not getattr(self.post_processor, "enable_thresholding", False):
@@ -116,7 +117,7 @@ class SimpleNet(ExactExport, AnomalibModule):
         check_number("discriminator_lr", discriminator_lr, above=0)
         check_number("discriminator_weight_decay", discriminator_weight_decay, at_least=0)
         self.feature_cache = FeatureCache(feature_cache, feature_cache_memory)
-        self.report = report
+        self.report, self.requests = report, Requests()
         self.adapter_lr, self.discriminator_lr = float(adapter_lr), float(discriminator_lr)
         self.discriminator_weight_decay = float(discriminator_weight_decay)
         self.loss = TruncatedL1Loss(margin)
@@ -144,6 +145,18 @@ class SimpleNet(ExactExport, AnomalibModule):
         unscaled = self.model.whitening is None and self.model.anomaly_generator.noise_std == PAPER_NOISE
         if stage == "fit" and unscaled and "wide_resnet50_2" not in str(extractor.architecture):
             logger.warning("noise_std is 0.015, for WideResNet-50-2's features: set whiten to true and noise_std to 1.")
+
+    def on_fit_start(self) -> None:
+        """Forget the checkpoint that the weights came from: they are about to change."""
+        self.checkpoint_path = None
+
+    def on_validation_start(self) -> None:
+        """Forget what metrics counted in a run that an exception ended, as that of an unreadable image."""
+        for metric in self.modules():
+            if isinstance(metric, Metric):
+                metric.reset()
+
+    on_test_start = on_validation_start
 
     def training_step(self, batch: Batch | CachedBatch, *_args, **_kwargs) -> torch.Tensor:
         """Loss, a scalar, of a batch of normal images or of their feature maps.
@@ -211,10 +224,11 @@ class SimpleNet(ExactExport, AnomalibModule):
             raise ValueError(msg)
         checkpoint["hyper_parameters"] = portable(checkpoint["hyper_parameters"], self.model)
         checkpoint["simplenet_format"] = FORMAT
+        checkpoint["simplenet_top_patches"] = self.model.top_patches
         checkpoint["simplenet_tiler"] = self.model.tiler and tiler_arguments(self.model.tiler)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take architecture and pre-processor from the checkpoint, and keep requested sensitivities.
+        """Take architecture, pre-processor and settings from the checkpoint, but those that the user asked for.
 
         Raises:
             ValueError: If it is no checkpoint of SimpleNet, needs a backbone from Python, or has another region.
@@ -222,8 +236,8 @@ class SimpleNet(ExactExport, AnomalibModule):
         from anomalib.callbacks import TilerConfigurationCallback  # it imports anomalib.models: see registry.py
 
         attached, tiler = super().configure_callbacks(), self.model.tiler
-        with keep_sensitivities(self.post_processor):
-            super().on_load_checkpoint(checkpoint)
+        requested, self.checkpoint_path = self.requests.of(self), None
+        super().on_load_checkpoint(checkpoint)
         kept = super().configure_callbacks()  # without components that the checkpoint was trained without
         found = differing(checkpoint, self.hparams, self.model)
         if self.hparams.get("region"):
@@ -234,6 +248,8 @@ class SimpleNet(ExactExport, AnomalibModule):
             logger.warning("Using %s from the checkpoint.", ", ".join(f"{k}={v!r}" for k, v in found.items()))
             self.hparams.update(portable(self.hparams, self.model) | found)
             self.model = SimpleNetModel(**{name: self.hparams[name] for name in ARCHITECTURE})
+        top_patches = checkpoint.get("simplenet_top_patches", checkpoint["hyper_parameters"]["top_patches"])
+        self.requests.restore(self, requested, top_patches)
         saved = checkpoint.get("simplenet_tiler")
         self.model.tiler = saved and Tiler(**saved)
         try:

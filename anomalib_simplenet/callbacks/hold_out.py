@@ -3,7 +3,7 @@
 import torch
 from anomalib.data import AnomalibDataModule
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from anomalib_simplenet.calibration import needed_images
 
@@ -64,6 +64,11 @@ class HoldOut(Callback):
                 f"{rate} needs {held} of {count}: resume with the same rate and images, or train anew."
             )
             raise ValueError(msg)
+        if pl_module.checkpoint_path and not resumes(trainer):
+            rank_zero_warn(
+                f"{pl_module.checkpoint_path} may have been trained on images that are held out now: there may be more "
+                f"false alarms than {rate:g} allows. Add normal validation images, or train anew."
+            )
         self._held = drawn
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
         held_out = data.train_data.subsample(sorted(order[:held]))

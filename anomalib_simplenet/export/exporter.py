@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +17,7 @@ from anomalib.pre_processing import PreProcessor
 from torchmetrics import Metric
 
 from anomalib_simplenet.calibration import CalibratedBatch, CalibratedPostProcessor
-from anomalib_simplenet.checkpoints import ARCHITECTURE, INFERENCE
+from anomalib_simplenet.checkpoints import UNSET, Requests
 
 from .openvino import keep_float32, prepend_resize, round_weights
 from .quantization import head_operations, quantize
@@ -33,6 +34,7 @@ class ExactExport(ExportMixin):
 
     pre_processor: Any
     post_processor: Any
+    requests: Requests
     checkpoint_path: Path | None = None
 
     @classmethod
@@ -43,11 +45,13 @@ class ExactExport(ExportMixin):
         return model
 
     def as_requested(self, checkpoint_path: Path | str) -> ExactExport:
-        """Load a checkpoint with the settings of inference of this model: rate, region, sensitivities."""
-        names = [name for name in INFERENCE if self.hparams.get(name, ARCHITECTURE[name]) != ARCHITECTURE[name]]
-        requested = {name: self.hparams[name] for name in [*names, "false_alarm_rate", "region"]}
-        processor = self.post_processor or False
-        return type(self).load_from_checkpoint(checkpoint_path, post_processor=processor, **requested)
+        """Load a checkpoint with the settings of inference that this model was asked for, which stays as it is."""
+        requested, processor = self.requests.of(self), deepcopy(self.post_processor) or False
+        for name in vars(processor).keys() & UNSET.keys() if processor else ():
+            setattr(processor, name, requested.get(name, UNSET[name]))
+        arguments = {name: requested[name] for name in requested.keys() & {"top_patches"}}
+        arguments |= {"region": self.hparams["region"], "post_processor": processor}
+        return type(self).load_from_checkpoint(checkpoint_path, **arguments)
 
     def forward(self, batch: torch.Tensor, *_args, **_kwargs) -> InferenceBatch | CalibratedBatch:
         """Pre-process, score and post-process images ``(N, 3, H, W)`` between 0 and 1, eagerly or in an exported graph.

@@ -56,6 +56,22 @@ def altered(exported: Path, **config: object) -> Path:
     return exported / "altered.ckpt"
 
 
+def test_check_without_labels_compares_scores(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    off = altered(exported, enable_thresholding=False)
+    assert run(monkeypatch, exported / "model.xml", off, exported / "other") == 2  # the export has labels
+    model = SimpleNet.load_from_checkpoint(off)
+    model.to_onnx(exported / "off").rename(exported / "off.onnx")
+    capsys.readouterr()
+    assert run(monkeypatch, exported / "off.onnx", off, exported / "other") == 0
+    assert "label        none in this checkpoint" in capsys.readouterr().out
+    checkpoint = torch.load(off, weights_only=True)
+    checkpoint["state_dict"]["model.discriminator.tail.weight"] *= 1.1
+    torch.save(checkpoint, exported / "off.ckpt")
+    assert run(monkeypatch, exported / "off.onnx", exported / "off.ckpt", exported / "other") == 1
+
+
 def test_check_passes_an_export_and_measures_it(
     exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

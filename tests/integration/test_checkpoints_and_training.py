@@ -1,12 +1,13 @@
 """Schedule, validation, reproducibility, checkpoints."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from anomalib.data import PredictDataset
+from anomalib.data import Batch, PredictDataset
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
 from lightning import seed_everything
@@ -341,7 +342,7 @@ def test_checkpoint_of_another_format_is_refused(pictures: Path, tmp_path: Path)
     checkpoint = torch.load(engine.trainer.checkpoint_callback.best_model_path, weights_only=True)
     del checkpoint["simplenet_format"]
     torch.save(checkpoint, tmp_path / "old.ckpt")
-    with pytest.raises(ValueError, match=r"format None, expected 2: .* Use that version, or train again"):
+    with pytest.raises(ValueError, match=r"format None, expected 3: .* Use that version, or train again"):
         SimpleNet.load_from_checkpoint(tmp_path / "old.ckpt")
 
 
@@ -540,7 +541,9 @@ def test_model_takes_numpy_numbers_and_keeps_them_plain_in_checkpoints(pictures:
     assert (type(saved["patch_size"]), type(saved["noise_std"])) == (int, float)
 
 
-def test_checkpoint_keeps_top_patches_unless_others_are_requested(pictures: Path) -> None:
+def test_checkpoint_keeps_top_patches_unless_others_are_requested(
+    pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _, engine, _ = fit(pictures, tiny_model(top_patches=3), max_epochs=1)
     checkpoint = engine.trainer.checkpoint_callback.best_model_path
     for requested, expected in ((1, 3), (3, 3), (5, 5)):
@@ -549,6 +552,63 @@ def test_checkpoint_keeps_top_patches_unless_others_are_requested(pictures: Path
             model, datamodule=folder_data(pictures), ckpt_path=checkpoint
         )
         assert model.model.top_patches == expected
+    warning = "top_patches is 5, but thresholds and p-values of the checkpoint are those of 3: validate anew."
+    assert [record.getMessage() for record in caplog.records].count(warning) == 1
+    caplog.clear()
+    SimpleNet.load_from_checkpoint(checkpoint, top_patches=5)
+    assert warning in caplog.text
+
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved.pop("simplenet_top_patches") == 3
+    saved["hyper_parameters"]["top_patches"], saved["simplenet_format"] = 3, 2  # as before
+    torch.save(saved, pictures / "format2.ckpt")
+    assert SimpleNet.load_from_checkpoint(pictures / "format2.ckpt").model.top_patches == 3
+
+
+def test_train_that_resumes_tests_the_weights_just_trained(pictures: Path) -> None:
+    _, engine, _ = fit(pictures, tiny_model(), max_epochs=1)
+    first = engine.trainer.checkpoint_callback.best_model_path
+    resumed, model = Engine(max_epochs=3, accelerator="cpu", default_root_dir=pictures.parent / "r"), tiny_model()
+    metrics = resumed.train(model, datamodule=folder_data(pictures), ckpt_path=first)
+    last = resumed.trainer.checkpoint_callback.best_model_path
+    assert last != first
+    saved = torch.load(last, weights_only=True)["state_dict"]["model.discriminator.tail.weight"]
+    assert torch.equal(model.model.discriminator.tail.weight, saved)
+    again = Engine(accelerator="cpu", default_root_dir=pictures.parent / "r2")
+    assert metrics == again.test(tiny_model(), datamodule=folder_data(pictures), ckpt_path=last)
+
+
+def test_metrics_forget_a_run_that_an_exception_ended(pictures: Path) -> None:
+    model = tiny_model()
+    _, engine, _ = fit(pictures, model, max_epochs=1)
+    path, data = engine.trainer.checkpoint_callback.best_model_path, {"val_split_mode": "same_as_test"}
+
+    def ranges() -> list[float]:
+        processor = model.post_processor
+        return [processor.image_threshold.item(), processor.image_min.item(), processor.pixel_max.item()]
+
+    def run(name: str) -> object:
+        runner = Engine(accelerator="cpu", default_root_dir=pictures.parent / "again")
+        return getattr(runner, name)(model, datamodule=folder_data(pictures, eval_batch_size=1, **data), ckpt_path=path)
+
+    run("validate")
+    expected, metrics = ranges(), run("test")
+    for name in ("validate", "test"):
+        step = model.predict_step
+
+        def broken(batch: Batch, index: int, step: Callable = step) -> Batch:
+            if index == 3:
+                raise InterruptedError
+            batch = step(batch)
+            return batch.update(pred_score=batch.pred_score - 9, anomaly_map=batch.anomaly_map + 9)
+
+        setattr(model, f"{name.replace('date', 'dation')}_step", broken)
+        with pytest.raises(InterruptedError):
+            run(name)
+        delattr(model, f"{name.replace('date', 'dation')}_step")
+    run("validate")
+    assert ranges() == expected
+    assert run("test") == metrics
 
 
 @pytest.mark.parametrize("processor", [False, PostProcessor(enable_thresholding=False)])

@@ -159,6 +159,60 @@ def test_export_of_a_checkpoint_takes_what_inference_was_requested_with(checkpoi
     assert tiny_model(visualizer=False).as_requested(checkpoint).model.top_patches == 1
 
 
+def test_export_of_a_checkpoint_leaves_the_model_as_it_is(checkpoint: Path, root: Path, tmp_path: Path) -> None:
+    other = checkpoint_of(fit(root, None, data_of(root), max_epochs=2))
+    model = loaded(checkpoint)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = model.post_processor.checkpoint_config()
+    engine(tmp_path).export(model, "torch", export_root=tmp_path, ckpt_path=other)
+    assert [
+        name
+        for name, value in model.state_dict().items()
+        if not torch.equal(value.nan_to_num(), before[name].nan_to_num())
+    ] == []
+    assert str(model.post_processor.checkpoint_config()) == str(settings)
+
+
+@pytest.fixture(scope="module")
+def others(root: Path) -> list[Path]:
+    """Checkpoints with other settings: all, and none."""
+    found = []
+    for arguments in (
+        {"false_alarm_rate": OTHER, "top_patches": 3, "post_processor": PostProcessor(image_sensitivity=0.7)},
+        {},
+    ):
+        torch.manual_seed(1)
+        trained = engine(root / "others", max_epochs=1)
+        trained.fit(tiny_model(visualizer=False, **arguments), datamodule=data_of(root))
+        found.append(checkpoint_of(trained))
+    return found
+
+
+def predicted(root: Path, tmp_path: Path, model: SimpleNet, checkpoint: Path | None) -> list[list]:
+    batches = engine(tmp_path).predict(model, data_path=root / "new", ckpt_path=checkpoint)
+    names = ("pred_score", "pred_label", "p_value")
+    return [getattr(batch, name).tolist() for batch in batches for name in names]
+
+
+@pytest.mark.parametrize("built", ["from Python", "from the first checkpoint"])
+def test_checkpoints_one_after_another_bring_their_own_settings(
+    root: Path, tmp_path: Path, checkpoint: Path, others: list[Path], built: str
+) -> None:
+    model = tiny_model(visualizer=False) if built == "from Python" else loaded(others[0])
+    for path in (*others, checkpoint, *others):
+        expected = predicted(root, tmp_path, loaded(path), None)
+        assert predicted(root, tmp_path, model, path) == expected
+        exported = model.as_requested(path)
+        assert str(exported.post_processor.checkpoint_config()) == str(loaded(path).post_processor.checkpoint_config())
+        assert exported.model.top_patches == loaded(path).model.top_patches
+
+    asked = tiny_model(visualizer=False, false_alarm_rate=0.2, top_patches=2)
+    for path in (*others, checkpoint):
+        predicted(root, tmp_path, asked, path)
+        assert asked.post_processor.false_alarm_rate == 0.2
+        assert asked.model.top_patches == 2
+
+
 @pytest.fixture(scope="module")
 def exports(model: SimpleNet, root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Exports of all kinds, from one graph, since tracing takes most of the time."""
@@ -269,6 +323,11 @@ def test_hold_out_keeps_images_from_training(root: Path, caplog: pytest.LogCaptu
     with pytest.raises(ValueError, match=r"held out 9 training images for false_alarm_rate, and 0\.2 needs 4 of 20"):
         fit(root, 0.2, data_of(root, val_split_mode="none"), ckpt_path=kept, max_epochs=2)
 
+    with pytest.warns(UserWarning, match="may have been trained on images that are held out now"):
+        engine(root / "tuned", max_epochs=1).fit(
+            loaded(kept, false_alarm_rate=0.2), datamodule=data_of(root, val_split_mode="none")
+        )
+
 
 def test_hold_out_joins_defective_validation_images_and_refuses_too_few(root: Path) -> None:
     def prepare(rate: float) -> Folder:
@@ -281,7 +340,7 @@ def test_hold_out_joins_defective_validation_images_and_refuses_too_few(root: Pa
             datamodule=data, enable_validation=True, ckpt_path=None, state=SimpleNamespace(fn="fit")
         )
         data._is_setup = True
-        HoldOut().on_fit_start(trainer, SimpleNamespace(post_processor=processor))
+        HoldOut().on_fit_start(trainer, SimpleNamespace(post_processor=processor, checkpoint_path=None))
         return data
 
     assert prepare(RATE).val_data.samples.label_index.tolist() == [1] * 10 + [0] * 9

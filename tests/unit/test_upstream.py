@@ -4,6 +4,7 @@ import multiprocessing
 from importlib import import_module
 from inspect import signature
 from operator import attrgetter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from anomalib_simplenet.compat import (
+    adapt_engine,
     add_batch_field,
     attach_trainer,
     batch_to_device,
     clone_dataloader,
     data_loops,
-    pass_requests_to_export,
     release_workers,
     run_validation,
     wrap_dataloaders,
@@ -202,15 +203,33 @@ def test_add_batch_field_is_taken_by_batches_and_by_their_items() -> None:
         assert kind(image=batch.image).p_value is None, changed
 
 
-def test_pass_requests_to_export_loads_the_checkpoint_by_the_model() -> None:
+def test_adapt_engine_loads_the_checkpoint_to_export_by_the_model() -> None:
     from anomalib.engine import Engine
 
     class Asked:
         def as_requested(self, path: object) -> object:
             raise FileNotFoundError(path)
 
-    pass_requests_to_export()
+    adapt_engine()
     changed = "Engine.export of anomalib was renamed, or its arguments model and ckpt_path"
     assert {"model", "ckpt_path"} <= set(signature(Engine.export).parameters), changed
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Engine(logger=False).export(Asked(), "torch", ckpt_path="nowhere.ckpt")
+
+
+def test_adapt_engine_tests_what_train_has_trained() -> None:
+    from anomalib.engine import Engine
+
+    class Resumed(Engine):
+        def fit(self, model: object, **given: object) -> None:
+            assert (type(model), given) == (Asked, {"ckpt_path": "first.ckpt"})
+            self._trainer = SimpleNamespace(test=lambda *args, **given: (args[1:], given))
+
+    class Asked:
+        as_requested = None
+
+    adapt_engine()
+    changed = "Engine.train of anomalib was renamed, or its arguments model, ckpt_path, test_dataloaders and datamodule"
+    assert {"model", "ckpt_path", "test_dataloaders", "datamodule"} <= set(signature(Engine.train).parameters), changed
+    tested = Resumed(logger=False).train(Asked(), test_dataloaders=[1], ckpt_path="first.ckpt")
+    assert tested == (([1],), {"datamodule": None}), changed
