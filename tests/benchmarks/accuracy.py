@@ -45,7 +45,7 @@ EDGE = "configs/model/simplenet_edge.yaml"
 LAYERS = ["blocks.2", "blocks.4"]  # strides 8 and 16, as the paper's layer2 and layer3
 SIZE = (256, 256)
 # Other backbones, for SimpleNet and distances alone: their layers, and the size of images.
-OTHERS = {"dinov2_vits14": (["blocks.8"], (448, 448))}
+OTHERS = {"dinov2_vits14": (["blocks.11"], (448, 448))}
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 
 
@@ -78,12 +78,13 @@ ABLATIONS = {
     "brightness as it is": {"normalize_brightness": False},
     "highest patch": {"top_patches": 1},
     "last weights": {"averaging": False},
+    "one covariance, all components, Gaussian noise": {"whiten": True, "components": None, "noise": "gaussian"},
     "grid of 32 x 32": {"layers": LAYERS, "top_patches": 6},
 }
 
 
 def patchcore(ratio: float, **arguments: Any) -> AnomalibModule:  # noqa: ANN401
-    return Patchcore(layers=LAYERS, coreset_sampling_ratio=ratio, **arguments)
+    return Patchcore(**{"layers": LAYERS, "coreset_sampling_ratio": ratio, **arguments})
 
 
 LIMITS = yaml.safe_load(Path(EDGE).read_text())["trainer"]
@@ -92,6 +93,7 @@ MODELS: dict[str, tuple[Callable[..., AnomalibModule], dict[str, int]]] = {
     "SimpleNet": (partial(simplenet, "edge"), LIMITS),
     "distance, of each position": (partial(distance_alone, "local"), {"max_steps": 1}),
     "distance, of all positions": (partial(distance_alone, True), {"max_steps": 1}),
+    "distance, of all positions and components": (partial(distance_alone, True, components=None), {"max_steps": 1}),
     # An epoch of the paper's takes minutes here: so an eighth of the patches, and 24 epochs instead of 160.
     "SimpleNet, paper": (partial(simplenet, "paper", layers=LAYERS, patch_fraction=0.125), {"max_epochs": 24}),
     **{f"SimpleNet, {name}": (partial(simplenet, "edge", **change), LIMITS) for name, change in ABLATIONS.items()},
