@@ -6,8 +6,8 @@
 Each model of ``accuracy.py`` is trained once on all training images, and scores all test images;
 ``results/false_alarms_scores.csv`` keeps the raw scores, and what is found there is not trained again. Then the normal
 test images are split at random 200 times: one half gives the threshold, by the rule of ``false_alarm_rate``, the other
-counts false alarms, and recall is that of all defective images. ``results/false_alarms.csv`` has the means and the
-standard error of the mean over the splits; it is empty where half of the images are too few for the rate.
+counts false alarms, and recall and image AUROC are those of all test images. ``results/false_alarms.csv`` has the
+means and the standard error of the mean over the splits; it is empty where half of the images are too few for the rate.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accuracy import data_set, trained_predictions
 from measure import RESULTS, show
+from sklearn.metrics import roc_auc_score
 
 from anomalib_simplenet.calibration import allowed_alarms, needed_images
 
@@ -84,7 +85,9 @@ def split(data: str, model: str, rate: float) -> dict[str, Any]:
     """False alarms and recall at a rate, over random splits of the normal images."""
     normal, defective = known()[data, model]
     count = len(normal) // 2
-    row = {"data": data, "model": model, "normal": len(normal), "calibration": count, "rate": rate}
+    auroc = roc_auc_score([0] * len(normal) + [1] * len(defective), np.concatenate([normal, defective]))
+    row = {"data": data, "model": model, "image_AUROC": round(auroc, 4), "normal": len(normal)}
+    row |= {"calibration": count, "rate": rate}
     if count < needed_images(rate):
         return {**row, "false_alarm_rate": "", "standard_error": "", "recall": ""}
     draw, alarms, recalls = np.random.default_rng(0), [], []
@@ -102,7 +105,8 @@ def summary(table: list[dict[str, Any]]) -> list[dict[str, str]]:
     """A line for each data set and model, a column for each rate."""
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in table:
-        line = lines.setdefault((row["data"], row["model"]), {"data": row["data"], "model": row["model"]})
+        start = {"data": row["data"], "model": row["model"], "image AUROC": f"{row['image_AUROC']:.3f}"}
+        line = lines.setdefault((row["data"], row["model"]), start)
         cell = f"{row['calibration']} images, {needed_images(row['rate'])} needed"
         if row["recall"] != "":
             alarms, error, recall = (100 * row[name] for name in ("false_alarm_rate", "standard_error", "recall"))
