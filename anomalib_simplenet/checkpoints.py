@@ -84,11 +84,18 @@ class Requests:
         """Put settings back that a checkpoint, whose ``top_patches`` these are, has just replaced with its own.
 
         A sensitivity of 0.5 cannot be told from unset: the checkpoint's then stays, with a warning.
+
+        Raises:
+            ValueError: If a rate is asked for, and the checkpoint was trained without post-processor.
         """
         module.model.top_patches = top_patches
         self._brought = {name: getattr(_owner(module, name), name, unset) for name, unset in UNSET.items()}
         for name, value in requested.items():
-            setattr(_owner(module, name), name, value)
+            if (owner := _owner(module, name)) is not None:
+                setattr(owner, name, value)
+            elif name == "false_alarm_rate":
+                msg = f"false_alarm_rate is {value}, but the checkpoint was trained without post_processor: train anew."
+                raise ValueError(msg)
             del self._brought[name]
         for name in ("image_sensitivity", "pixel_sensitivity"):
             if self._brought.get(name, UNSET[name]) != UNSET[name]:

@@ -199,7 +199,7 @@ def test_checkpoints_one_after_another_bring_their_own_settings(
     root: Path, tmp_path: Path, checkpoint: Path, others: list[Path], built: str
 ) -> None:
     model = tiny_model(visualizer=False) if built == "from Python" else loaded(others[0])
-    for path in (*others, checkpoint, *others):
+    for path in (*others, checkpoint):
         expected = predicted(root, tmp_path, loaded(path), None)
         assert predicted(root, tmp_path, model, path) == expected
         exported = model.as_requested(path)

@@ -234,6 +234,8 @@ def test_checkpoint_without_thresholds_loads_into_any_model(
     model = SimpleNet.load_from_checkpoint(path, post_processor=post_processor)
     assert model.post_processor is None
     assert "sensitivity" not in caplog.text
+    with pytest.raises(ValueError, match=r"false_alarm_rate is 0\.1, but the checkpoint was trained without post_proc"):
+        SimpleNet.load_from_checkpoint(path, false_alarm_rate=0.1)
 
 
 def test_report_is_written_after_images_are_deleted(pictures: Path) -> None:
