@@ -323,10 +323,10 @@ def test_hold_out_keeps_images_from_training(root: Path, caplog: pytest.LogCaptu
     with pytest.raises(ValueError, match=r"held out 9 training images for false_alarm_rate, and 0\.2 needs 4 of 20"):
         fit(root, 0.2, data_of(root, val_split_mode="none"), ckpt_path=kept, max_epochs=2)
 
+    tuned = loaded(kept, false_alarm_rate=0.2)
     with pytest.warns(UserWarning, match="may have been trained on images that are held out now"):
-        engine(root / "tuned", max_epochs=1).fit(
-            loaded(kept, false_alarm_rate=0.2), datamodule=data_of(root, val_split_mode="none")
-        )
+        engine(root / "tuned", max_epochs=1).fit(tuned, datamodule=data_of(root, val_split_mode="none"))
+    assert tuned.checkpoint_path is None  # exports are not of that checkpoint any more
 
 
 def test_hold_out_joins_defective_validation_images_and_refuses_too_few(root: Path) -> None:
