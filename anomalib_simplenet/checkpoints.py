@@ -33,9 +33,8 @@ def portable(hyper_parameters: Mapping[str, Any], model: SimpleNetModel) -> dict
     They hold all of the architecture, the backbone as timm's name and arguments, or ``None`` for a module. What a
     checkpoint keeps elsewhere is unset: a model built with it would seem to have been asked for it.
     """
-    in_weights = {"pre_trained": False, "region": None}
-    in_weights |= {name: UNSET[name] for name in ("false_alarm_rate", "top_patches")}
-    arguments = {**ARCHITECTURE, **hyper_parameters, **model.feature_extractor.config, **in_weights}
+    unset = {"pre_trained": False, "region": None, "false_alarm_rate": None, "top_patches": UNSET["top_patches"]}
+    arguments = {**ARCHITECTURE, **hyper_parameters, **model.feature_extractor.config, **unset}
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()}
 
 
@@ -77,8 +76,8 @@ class Requests:
 
     def of(self, module: "AnomalibModule") -> dict[str, Any]:
         """Settings that are neither unset nor those that the last checkpoint brought."""
-        found = {name: getattr(_owner(module, name), name, unset) for name, unset in UNSET.items()}
-        return {name: value for name, value in found.items() if value not in {UNSET[name], self._brought.get(name)}}
+        now = _in_force(module).items()
+        return {name: value for name, value in now if value not in {UNSET[name], self._brought.get(name)}}
 
     def restore(self, module: "AnomalibModule", requested: Mapping[str, Any], top_patches: int) -> None:
         """Put settings back that a checkpoint, whose ``top_patches`` these are, has just replaced with its own.
@@ -89,12 +88,12 @@ class Requests:
             ValueError: If a rate is asked for, and the checkpoint was trained without post-processor.
         """
         module.model.top_patches = top_patches
-        self._brought = {name: getattr(_owner(module, name), name, unset) for name, unset in UNSET.items()}
+        self._brought = _in_force(module)
         for name, value in requested.items():
             if (owner := _owner(module, name)) is not None:
                 setattr(owner, name, value)
             elif name == "false_alarm_rate":
-                msg = f"false_alarm_rate is {value}, but the checkpoint was trained without post_processor: train anew."
+                msg = f"false_alarm_rate is {value}, but the checkpoint was trained without post_processor: omit it."
                 raise ValueError(msg)
             del self._brought[name]
         for name in ("image_sensitivity", "pixel_sensitivity"):
@@ -108,6 +107,10 @@ class Requests:
                 "top_patches is %d, but thresholds and p-values of the checkpoint are those of %d: validate anew.",
                 *(requested["top_patches"], top_patches),
             )
+
+
+def _in_force(module: "AnomalibModule") -> dict[str, Any]:
+    return {name: getattr(_owner(module, name), name, unset) for name, unset in UNSET.items()}
 
 
 def _owner(module: "AnomalibModule", name: str) -> Any:  # noqa: ANN401

@@ -151,10 +151,11 @@ class SimpleNet(ExactExport, AnomalibModule):
         self.checkpoint_path = None
 
     def on_validation_start(self) -> None:
-        """Forget what metrics counted in a run that an exception ended, as that of an unreadable image."""
-        for metric in self.modules():
-            if isinstance(metric, Metric):
-                metric.reset()
+        """Forget what anomalib's metrics counted in a run that an exception ended, as that of an unreadable image."""
+        for component in (self.post_processor, self.evaluator):
+            for metric in component.modules() if isinstance(component, nn.Module) else ():
+                if isinstance(metric, Metric):
+                    metric.reset()
 
     on_test_start = on_validation_start
 
@@ -236,7 +237,8 @@ class SimpleNet(ExactExport, AnomalibModule):
         from anomalib.callbacks import TilerConfigurationCallback  # it imports anomalib.models: see registry.py
 
         attached, tiler = super().configure_callbacks(), self.model.tiler
-        requested, self.checkpoint_path = self.requests.of(self), None
+        requested = self.requests.of(self)
+        self.checkpoint_path = None
         super().on_load_checkpoint(checkpoint)
         kept = super().configure_callbacks()  # without components that the checkpoint was trained without
         found = differing(checkpoint, self.hparams, self.model)
