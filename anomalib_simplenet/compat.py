@@ -126,9 +126,14 @@ def clone_dataloader(loader: DataLoader, **attributes: Any) -> DataLoader:  # no
 
 
 def release_workers(loader: DataLoader) -> None:
-    """Load in this process from the next epoch on, and stop persistent workers, which ``_iterator`` keeps."""
+    """Load in this process from the next epoch on, and stop persistent workers, which ``_iterator`` keeps.
+
+    Lightning notes it, too, in ``__pl_attrs_record``, in all of a process after an exception in a data module: its
+    ``_replace_dunder_methods`` is left without being undone.
+    """
     loader.num_workers = loader.timeout = 0
     loader._iterator = None  # noqa: SLF001
+    vars(loader).pop("__pl_attrs_record", None)
 
 
 def batch_to_device(trainer: Trainer, batch: Any) -> Any:  # noqa: ANN401
