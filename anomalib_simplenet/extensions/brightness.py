@@ -27,10 +27,12 @@ def equalize_brightness(images: torch.Tensor, region: Region | None = None) -> t
         torch.Tensor: The same, scaled before that normalisation.
     """
     mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-    pixels = (images * std).add_(mean)  # in place: large images take much memory
-    counting = pixels if region is None else region.fill(pixels) * reciprocal(region.mask.mean())
-    brightness = counting.mean(dim=(1, 2, 3), keepdim=True).clamp(min=DARKEST)
-    return pixels.mul_(BRIGHTNESS * reciprocal(brightness)).sub_(mean).mul_(reciprocal(std))
+    counting = images if region is None else region.fill(images) * reciprocal(region.mask.mean())
+    brightness = (counting.mean(dim=(2, 3), keepdim=True) * std + mean).mean(dim=1, keepdim=True)
+    scale = BRIGHTNESS * reciprocal(brightness.clamp(min=DARKEST))
+    shift = mean * reciprocal(std) * (scale - 1)
+    # In rows of pixels, or OpenVINO puts the three channels last, which takes it ten times as long.
+    return torch.addcmul(shift.flatten(2), images.flatten(2), scale.flatten(2)).reshape(images.shape)
 
 
 def normalizes_as_imagenet(transform: Transform | None) -> bool:
