@@ -20,7 +20,7 @@ from anomalib_simplenet.calibration import CalibratedBatch, CalibratedPostProces
 from anomalib_simplenet.checkpoints import UNSET, Requests
 
 from .openvino import keep_float32, prepend_resize, round_weights
-from .quantization import head_operations, quantize
+from .quantization import float_operations, quantize
 from .transforms import check_exportable, exportable_transform, split_resize
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class ExactExport(ExportMixin):
     ) -> Path:
         """Export to OpenVINO with anomalib's arguments (``task`` is not used), computing in float32.
 
-        Compression to eight bits quantizes the backbone alone (:func:`quantize`).
+        Compression to eight bits quantizes the backbone alone, without its first layers (:func:`quantize`).
         """
         import openvino as ov
 
@@ -135,13 +135,13 @@ class ExactExport(ExportMixin):
             finally:
                 self.pre_processor = pre_processor
             model = ov.convert_model(onnx, **(ov_kwargs or {}))
-            head = head_operations(onnx)
+            in_float = float_operations(onnx)
         if resized:
             model = prepend_resize(model, input_size)
         if compression_type is not None:
             round_weights(model)
         if compression_type not in {None, CompressionType.FP16}:
-            model = quantize(model, compression_type, head, datamodule, metric, max_drop)
+            model = quantize(model, compression_type, in_float, datamodule, metric, max_drop)
         keep_float32(model)
         root = self._export_root(export_root, "openvino", f"{model_file_name}.xml")
         path = root / "weights" / "openvino" / f"{model_file_name}.xml"

@@ -20,16 +20,23 @@ if TYPE_CHECKING:
     import openvino as ov
 
 METRICS = ("F1Score", "F1Max", "AUROC", "AUPR")
+FIRST = 2  # convolutions of a backbone: their rounding errors pass through all others
 
 
-def head_operations(path: Path) -> set[str]:
-    """Names of the nodes of an ONNX file, and of their outputs, that are not part of the model's backbone."""
+def float_operations(path: Path) -> set[str]:
+    """Names of the nodes of an ONNX file, and of their outputs, that are not to be quantized.
+
+    These are all that are not part of the model's backbone, and the backbone's first convolutions.
+    """
     import onnx
 
     names: set[str] = set()
+    convolutions = 0
     for node in onnx.load(path, load_external_data=False).graph.node:
         scopes = next((entry.value for entry in node.metadata_props if entry.key.endswith("name_scopes")), "")
-        if ".feature_extractor" not in scopes:
+        is_backbone, is_convolution = ".feature_extractor" in scopes, node.op_type == "Conv"
+        convolutions += is_backbone and is_convolution
+        if not is_backbone or (is_convolution and convolutions <= FIRST):
             names.update([node.name, *node.output])
     return names
 
@@ -37,12 +44,12 @@ def head_operations(path: Path) -> set[str]:
 def quantize(
     model: ov.Model,
     compression_type: CompressionType,
-    head: set[str],
+    in_float: set[str],
     datamodule: AnomalibDataModule | None = None,
     metric: Metric | str | None = None,
     max_drop: float = 0.01,
 ) -> ov.Model:
-    """Quantize a model's backbone to eight bits with NNCF.
+    """Quantize a model's backbone to eight bits with NNCF, but for its first two convolutions.
 
     The rest is computed in float32. It is a small part of the work, and whitening magnifies rounding errors.
 
@@ -50,7 +57,7 @@ def quantize(
     images. ``INT8_ACQ`` then leaves operations in float32 until ``metric``, higher for better, of its test images loses
     at most ``max_drop``, from 0 to 1; the metric is anomalib's, or one of :data:`METRICS` of images, by default
     ``"F1Score"``.
-    ``head`` is what :func:`head_operations` gives.
+    ``in_float`` is what :func:`float_operations` gives.
 
     Raises:
         ValueError: If the data module is missing, ``metric`` is unknown, or ``max_drop`` is out of its range.
@@ -67,7 +74,7 @@ def quantize(
         metric = getattr(metrics, metric)(fields=["pred_label" if metric == "F1Score" else "pred_score", "gt_label"])
     # OpenVINO splits a convolution with bias, and calls one part NAME/WithoutBiases.
     nodes = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() not in {"Constant", "Result"}]
-    ignored = [name for name in nodes if name.partition("/")[0] in head]
+    ignored = [name for name in nodes if name.partition("/")[0] in in_float]
     # Eight bits before the resize would replace NaN, which must reach the head.
     scope = nncf.IgnoredScope(ignored, types=["Interpolate"], validate=False)
     if compression_type == CompressionType.INT8:

@@ -125,7 +125,7 @@ def test_predict_scores_every_photograph(predicted: dict[str, ImageBatch], photo
         (("openvino",), 1e-3),
         # Rounding the weights to half precision moves the scores by some thousandths.
         (("openvino", "--compression_type", "FP16"), 1e-2),
-        (("openvino", "--compression_type", "INT8_PTQ"), 0.2),
+        (("openvino", "--compression_type", "INT8_PTQ"), 0.05),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
 )

@@ -17,8 +17,8 @@ from anomalib_simplenet import SimpleNet
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-# Installing is test_package.py's, a benchmark of small models test_configs.py's.
-ELSEWHERE = ("git ", "pip ", "anomalib benchmark ")
+# Installing is test_package.py's, the quickstart test_quickstart.py's, a benchmark of small models test_configs.py's.
+ELSEWHERE = ("git ", "pip ", "python -m anomalib_simplenet.quickstart", "anomalib benchmark ")
 
 
 def blocks() -> list[tuple[str, str]]:
