@@ -19,7 +19,7 @@ def prepend_resize(model: ov.Model, input_size: tuple[int, int] | None) -> ov.Mo
     axis in the place of channels: OpenVINO's resize of three channels, one vector a pixel, takes two to three times as
     long.
     """
-    from openvino import PartialShape, opset11
+    from openvino import Layout, PartialShape, opset11
 
     def resize(maps: ov.Node, size: int) -> ov.Node:
         pillow = {"mode": "bilinear_pillow", "shape_calculation_mode": "sizes", "axes": [2]}
@@ -28,7 +28,8 @@ def prepend_resize(model: ov.Model, input_size: tuple[int, int] | None) -> ov.Mo
     old = model.get_parameters()[0]
     batch, channels, height, width = old.get_partial_shape()
     shape = PartialShape([batch, channels, *(input_size or (-1, -1))])
-    image = opset11.parameter(shape, np.float32, old.get_friendly_name())
+    image = opset11.parameter(shape, old.get_element_type(), name=old.get_friendly_name())
+    image.set_layout(Layout("NCHW"))
     image.output(0).set_names(old.output(0).get_names())
     old.output(0).set_names(set())
     columns = resize(opset11.transpose(image, [0, 2, 3, 1]), width.get_length())

@@ -49,7 +49,7 @@ def quantize(
     metric: Metric | str | None = None,
     max_drop: float = 0.01,
 ) -> ov.Model:
-    """Quantize a model's backbone to eight bits with NNCF, but for its first two convolutions.
+    """Quantize a model's backbone to eight bits with NNCF, but for its first two convolutions (a ViT has one).
 
     The rest is computed in float32. It is a small part of the work, and whitening magnifies rounding errors.
 

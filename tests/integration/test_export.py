@@ -87,6 +87,14 @@ def test_split_resize_takes_the_first_alone() -> None:
     assert split_resize(exportable_transform(Compose([NORMALIZE, resize])))[0] is None
 
 
+def test_openvino_input_has_a_name_and_a_layout(exported: dict[str, Path]) -> None:
+    model = ov.Core().read_model(exported["openvino"])
+    (image,) = model.get_parameters()
+    assert (image.get_friendly_name(), image.output(0).get_names()) == ("input", {"input"})
+    ov.set_batch(model, 4)
+    assert str(model.input().get_partial_shape()) == "[4,3,?,?]"
+
+
 def test_layers_in_any_order_score_alike_in_every_runtime(tmp_path: Path) -> None:
     model, images = trained_model(layers=["late", "stem"]), torch.rand(3, 3, 150, 170)
     expected = model(images)
@@ -245,7 +253,7 @@ def test_quantize_compresses_the_backbone_alone(
     eight_bits = [node for node in stored if node.get_element_type() in {ov.Type.i8, ov.Type.u8}]
     large = [node for node in eight_bits if len(node.get_output_shape(0)) == 4]
     backbone = [m for m in model.model.feature_extractor.modules() if isinstance(m, torch.nn.Conv2d)]
-    weights = sorted(tuple(m.weight.shape) for m in backbone[2:])  # the first two stay in float32
+    weights = sorted(tuple(m.weight.shape) for m in backbone[2:])  # the first two are not quantized
     kept = sorted(tuple(node.get_output_shape(0)) for node in large if np.prod(node.get_output_shape(0)[1:]) > 1)
     assert kept == weights[: len(kept)] if kind == CompressionType.INT8_ACQ else kept == weights
     images = torch.rand(3, 3, 150, 170)
