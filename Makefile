@@ -38,7 +38,6 @@ distclean: clean
 	$(BIN)/python -m pip install -e '.[quickstart]'
 	touch $@
 
-# pip would compile every file of every package; Python compiles what the tests import.
 .venv/dev: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --no-compile -e '.[dev]'
+	$(BIN)/python -m pip install -e '.[dev]'
 	touch $@ .venv/quickstart
