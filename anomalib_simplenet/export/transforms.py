@@ -41,7 +41,7 @@ class ExportableNormalize(Normalize):
 
 
 def exportable_transform(transform: Transform | None) -> Transform | None:
-    """Copy a transform with its antialiased bilinear ``Resize`` and its ``CenterCrop`` in a form that can be exported.
+    """Copy a transform with its antialiased bilinear ``Resize``, ``CenterCrop`` and ``Normalize`` in exportable forms.
 
     Lists in lists become one list. Subclasses, which may compute anything, are left as they are.
     """

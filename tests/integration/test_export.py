@@ -83,7 +83,7 @@ def test_split_resize_takes_the_first_alone() -> None:
     for first in (resize, Compose([resize]), Compose([Compose([resize])])):
         assert split_resize(exportable_transform(first)) == ((64, 48), None)
     size, rest = split_resize(exportable_transform(Compose([resize, Compose([NORMALIZE])])))
-    assert (size, [step.mean for step in rest.transforms]) == ((64, 48), [NORMALIZE.mean])
+    assert (size, [str(step) for step in rest.transforms]) == ((64, 48), [f"Exportable{NORMALIZE}"])
     assert split_resize(exportable_transform(Compose([NORMALIZE, resize])))[0] is None
 
 
