@@ -62,7 +62,8 @@ class PatchAggregation(nn.Module):
             weight = columns[segment].to_sparse() @ _pooling_matrix(layer_channels * patch_size**2, size)
             groups, weight = _group(weight.reshape(-1, layer_channels, patch_size, patch_size))
             self.segments.append(segment)
-            self.groups.append(groups)
+            identity = weight.shape == (layer_channels, 1, 1, 1) and bool((weight == 1).all())
+            self.groups.append(0 if identity else groups)
             # Fixed by the arguments, so no part of a checkpoint.
             self.register_buffer(f"weight_{index}", weight.float(), persistent=False)
 
@@ -72,7 +73,8 @@ class PatchAggregation(nn.Module):
         Takes the map of each layer, ``(N, C, h, w)`` with sizes of its own, which its contribution keeps.
         """
         for index, (feature, groups) in enumerate(zip(features, self.groups, strict=True)):
-            yield F.conv2d(feature, getattr(self, f"weight_{index}"), padding=self.padding, groups=groups)
+            weight = getattr(self, f"weight_{index}")
+            yield F.conv2d(feature, weight, padding=self.padding, groups=groups) if groups else feature
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Embed patches of maps as :meth:`pool` takes: ``(N, target_embed_dimension, h, w)`` on the first grid."""

@@ -136,7 +136,8 @@ class ExactExport(ExportMixin):
                 self.pre_processor = pre_processor
             model = ov.convert_model(onnx, **(ov_kwargs or {}))
             in_float = float_operations(onnx)
-        if resized:
+        model.get_parameters()[0].set_layout(ov.Layout("NCHW"))
+        if resized and resized != input_size:
             model = prepend_resize(model, input_size)
         if compression_type is not None:
             round_weights(model)

@@ -29,7 +29,7 @@ def equalize_brightness(images: torch.Tensor, region: Region | None = None) -> t
     mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
     counting = images if region is None else region.fill(images) * reciprocal(region.mask.mean())
     brightness = (counting.mean(dim=(2, 3), keepdim=True) * std + mean).mean(dim=1, keepdim=True)
-    scale = BRIGHTNESS * reciprocal(brightness.clamp(min=DARKEST))
+    scale = images.new_full((3, 1, 1), BRIGHTNESS) * reciprocal(brightness.clamp(min=DARKEST))
     shift = mean * reciprocal(std) * (scale - 1)
     # In rows of pixels, or OpenVINO puts the three channels last, which takes it ten times as long.
     return torch.addcmul(shift.flatten(2), images.flatten(2), scale.flatten(2)).reshape(images.shape)

@@ -83,8 +83,8 @@ class Whitening(nn.Module):
             raise ValueError(msg)
         if self.components < self.dimension:
             embedding = nn.functional.conv2d(embedding, self.projection[:, :, None, None])
-        white = _positions(embedding - self.mean) @ self.weight
-        return white.permute(1, 2, 0).reshape(-1, self.components, height, width)
+        white = (_positions(embedding) - _positions(self.mean[None])) @ self.weight
+        return white.transpose(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
     def moments(self, embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
         """Moments of patches; those of several sets add up.
@@ -158,7 +158,7 @@ def _take_sizes(whitening: Whitening, state_dict: dict[str, torch.Tensor], prefi
 
 def _positions(maps: torch.Tensor) -> torch.Tensor:
     """Patches of each position, ``(h * w, N, dimension)``."""
-    return maps.flatten(2).permute(2, 0, 1)
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).transpose(0, 1)
 
 
 def _check_variance(covariance: torch.Tensor, mean: torch.Tensor) -> None:

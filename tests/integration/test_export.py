@@ -15,9 +15,10 @@ from torch import nn
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
 from anomalib_simplenet import SimpleNet
-from anomalib_simplenet.components.ops import leaky_relu, resize_by_product
+from anomalib_simplenet.components.ops import leaky_relu, resize, resize_by_product
 from anomalib_simplenet.export.quantization import float_operations, quantize
 from anomalib_simplenet.export.transforms import check_exportable, exportable_transform, split_resize
+from anomalib_simplenet.extensions.region import Region
 
 from .conftest import folder_data, tiny_model
 
@@ -93,6 +94,16 @@ def test_openvino_input_has_a_name_and_a_layout(exported: dict[str, Path]) -> No
     assert (image.get_friendly_name(), image.output(0).get_names()) == ("input", {"input"})
     ov.set_batch(model, 4)
     assert str(model.input().get_partial_shape()) == "[4,3,?,?]"
+
+
+def test_openvino_export_for_images_of_the_models_size_does_not_resize(tmp_path: Path) -> None:
+    model, images = trained_model(), torch.rand(3, 3, 80, 96)
+    model.pre_processor = PreProcessor(Resize((80, 96), antialias=True))
+    path = model.to_openvino(tmp_path, input_size=(80, 96))
+    assert_answers_like(model, path, images)
+    exported = ov.Core().read_model(path)
+    assert "Interpolate" not in {node.get_type_name() for node in exported.get_ops()}
+    assert str(exported.get_parameters()[0].get_layout()) == "[N,C,H,W]"
 
 
 def test_layers_in_any_order_score_alike_in_every_runtime(tmp_path: Path) -> None:
@@ -187,10 +198,16 @@ def test_inexact_resize_warns(caplog: pytest.LogCaptureFixture) -> None:
     assert "exported without its antialiasing" in caplog.text
 
 
+@pytest.mark.parametrize("input_size", [None, (150, 170)])
 @pytest.mark.parametrize(
     ("pre_processor", "arguments"),
     [
         (None, {"whiten": "local", "components": 9, "normalize_brightness": True}),
+        pytest.param(
+            SimpleNet.configure_pre_processor((80, 96)),
+            {"whiten": "local", "components": 9, "normalize_brightness": True, "top_patches": 3, "region": True},
+            id="resized first, with a region",
+        ),
         pytest.param(
             PreProcessor(Compose([NORMALIZE, Resize((64, 64), antialias=True)])),
             {"whiten": True},
@@ -200,14 +217,23 @@ def test_inexact_resize_warns(caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 def test_openvino_computes_in_float32(
-    tmp_path: Path, pre_processor: PreProcessor | None, arguments: dict[str, object]
+    tmp_path: Path,
+    pre_processor: PreProcessor | None,
+    arguments: dict[str, object],
+    input_size: tuple[int, int] | None,
 ) -> None:
     pre_processor = pre_processor or SimpleNet.configure_pre_processor((96, 80), (64, 48))
+    with_region = arguments.get("region")
+    arguments = {name: value for name, value in arguments.items() if name != "region"}
     model = small_model(pre_processor=pre_processor, **arguments)
     images = torch.rand(3, 3, 150, 170)
     whitening = model.model.whitening
     whitening.fit(whitening.moments([model.model.embed(pre_processor(images))]))
-    path = model.eval().to_openvino(tmp_path)
+    if with_region:
+        mask = torch.zeros(1, 1, 80, 96)
+        mask[..., 20:70, 30:] = 1
+        model.model.region = Region(mask, torch.tensor(170 / 150))
+    path = model.eval().to_openvino(tmp_path, input_size=input_size)
     assert_answers_like(model, path, images)
     compiled = [ov.Core().compile_model(path, "CPU", config) for config in ({}, {"INFERENCE_PRECISION_HINT": "f32"})]
     answers = [each(images.numpy()) for each in compiled]
@@ -226,6 +252,17 @@ def test_resize_by_product_equals_torchvision(size: tuple[int, int], out: tuple[
     # Products and torchvision's own loop round differently where they do not average.
     atol = 1e-6 if antialias else 5e-6
     torch.testing.assert_close(resize_by_product(images, out, antialias=antialias), expected, rtol=1e-5, atol=atol)
+
+
+def test_resize_to_half_exports_exactly() -> None:
+    class Half(torch.nn.Module):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return resize(features, (5, 8))
+
+    features = torch.randn(2, 3, 10, 16)
+    exported = torch.export.export(Half(), (features,))
+    assert "avg_pool2d" in exported.graph_module.code
+    torch.testing.assert_close(exported.module()(features), Half()(features))
 
 
 def test_leaky_relu_exports_exactly() -> None:

@@ -47,6 +47,15 @@ def test_paper_sizes_give_256_groups_a_layer() -> None:
     torch.testing.assert_close(module(features), unfold_and_pool(features, 3, 1536, 1536), rtol=1e-5, atol=1e-6)
 
 
+def test_single_positions_without_pooling_are_the_features_themselves() -> None:
+    features = [torch.randn(2, 5, 4, 4), torch.randn(2, 3, 4, 4)]
+    module = PatchAggregation([5, 3], 1, None, 8)
+    assert [part is feature for part, feature in zip(module.pool(features), features, strict=True)] == [True, True]
+    # A window over two layers: one channel of the first, but half of it.
+    module, features = PatchAggregation([1, 5], 1, None, 3), [torch.randn(2, 1, 4, 4), torch.randn(2, 5, 4, 4)]
+    torch.testing.assert_close(module(features)[:, :1], (features[0] + features[1][:, :1]) / 2)
+
+
 def test_weights_are_no_part_of_the_state() -> None:
     assert not PatchAggregation([8, 16], 3, 24, 24).state_dict()
 
