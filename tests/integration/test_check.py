@@ -13,6 +13,7 @@ from anomalib.data import PredictDataset
 from anomalib.engine import Engine
 
 from anomalib_simplenet import SimpleNet, check
+from anomalib_simplenet.export.openvino import keep_float32
 
 from .conftest import folder_data, tiny_model, write_images
 
@@ -31,7 +32,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine.fit(model := tiny_model(visualizer=False, report=False), datamodule=data)
     shutil.copy(engine.trainer.checkpoint_callback.best_model_path, root / "model.ckpt")
     model.to_onnx(root).rename(root / "model.onnx")
-    ov.save_model(ov.convert_model(root / "model.onnx"), root / "model.xml", compress_to_fp16=False)
+    keep_float32(converted := ov.convert_model(root / "model.onnx"))  # as to_openvino does, without exporting again
+    ov.save_model(converted, root / "model.xml", compress_to_fp16=False)
     return root
 
 
