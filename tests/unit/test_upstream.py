@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
 from operator import attrgetter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -63,7 +64,7 @@ def test_engine_asks_models_for_trainer_arguments() -> None:
     assert "ckpt_path" in signature(Engine.predict).parameters, "Engine.predict no longer takes a checkpoint"
 
 
-def test_mark_precise_keeps_a_product_in_float32() -> None:
+def test_mark_precise_keeps_a_product_in_float32(tmp_path: Path) -> None:
     """Where it fails: OpenVINO's attribute ``precise`` was renamed or dropped (``DisableFP16Compression``)."""
     import numpy as np
     import openvino as ov
@@ -76,7 +77,8 @@ def test_mark_precise_keeps_a_product_in_float32() -> None:
         product = opset13.matmul(image, opset13.constant(np.ones((64, 64), np.float32)), False, False)
         if mark:
             mark_precise(product)
-        model = ov.Core().compile_model(ov.Model([product], [image]), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+        ov.save_model(ov.Model([product], [image]), tmp_path / "model.xml")  # only files carry the mark
+        model = ov.Core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
         nodes = model.get_runtime_model().get_ops()
         return {
             str(node.get_rt_info()["runtimePrecision"].value)
