@@ -1,8 +1,8 @@
 """Resizing, sum and activation in forms that exported models compute exactly.
 
 OpenVINO computes in bfloat16 where the processor can, except operations marked as sensitive to precision
-(``keep_float32`` in export/openvino.py). Interpolation, quotients, powers and leaky ReLU lose the mark in OpenVINO's own
-rewriting of the graph; matrix products, sums and absolute values keep it. Exported graphs use the latter; eager and
+(``keep_float32`` in export/openvino.py). Interpolation, quotients, powers and leaky ReLU lose the mark in OpenVINO's
+own rewriting of the graph; matrix products, sums and absolute values keep it. Exported graphs use the latter; eager and
 compiled models do not.
 """
 
