@@ -43,9 +43,7 @@ class CalibratedPostProcessor(PostProcessor):
     Sensitivities act on top: 0.5 leaves the rate alone, others move the threshold away from it.
 
     Tables and rate are saved in checkpoints, not in the state dict: a checkpoint loads with any post-processor.
-
-    Args:
-        **settings: Arguments of anomalib's ``PostProcessor``.
+    Arguments are those of anomalib's ``PostProcessor``.
 
     Attributes:
         false_alarm_rate (float | None): ``false_alarm_rate`` of ``SimpleNet``.
@@ -82,11 +80,10 @@ class CalibratedPostProcessor(PostProcessor):
         super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
         if outputs.gt_label is None:
             return
-        rank = getattr(trainer, "global_rank", 0)
         scores, peaks = outputs.pred_score.flatten().tolist(), outputs.anomaly_map.flatten(1).amax(dim=1).tolist()
         for index, defective in enumerate(outputs.gt_label.flatten().tolist()):
             if not defective:
-                key = outputs.image_path[index] if outputs.image_path else (rank, len(self._normal))
+                key = outputs.image_path[index] if outputs.image_path else (trainer.global_rank, len(self._normal))
                 self._normal[key] = scores[index], peaks[index]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -58,10 +58,8 @@ def differing(
     saved, own = checkpoint["hyper_parameters"], portable(hyper_parameters, model)
     if isinstance(saved["backbone"], nn.Module):  # load_from_checkpoint puts its arguments among them
         saved = {**saved, "backbone": None}
-    found = {}
-    for name in ARCHITECTURE.keys() - _NOT_IN_WEIGHTS:
-        if _comparable(saved[name]) != _comparable(own[name]):
-            found[name] = saved[name]
+    names = ARCHITECTURE.keys() - _NOT_IN_WEIGHTS
+    found = {name: saved[name] for name in names if _comparable(saved[name]) != _comparable(own[name])}
     if found and None in {saved["backbone"], own["backbone"]}:
         msg = f"The checkpoint was trained with {found}: build the model with these; it does not hold a module."
         raise ValueError(msg)

@@ -216,11 +216,10 @@ class SimpleNet(ExactExport, AnomalibModule):
         super().on_save_checkpoint(checkpoint)
         trained = {name: value for name, value in self.model.state_dict().items() if "feature_extractor" not in name}
         if broken := [name for name, value in trained.items() if not value.isfinite().all()]:
-            noise_std = self.model.anomaly_generator.noise_std
             msg = (
                 f"{broken[0]} is NaN or infinite after epoch {self.current_epoch}, and is not saved: check the images, "
                 f"or lower adapter_lr ({self.adapter_lr}), discriminator_lr ({self.discriminator_lr}) or noise_std "
-                f"({noise_std})."
+                f"({self.model.anomaly_generator.noise_std})."
             )
             raise ValueError(msg)
         checkpoint["hyper_parameters"] = portable(checkpoint["hyper_parameters"], self.model)
@@ -313,7 +312,4 @@ class SimpleNet(ExactExport, AnomalibModule):
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
         """Make the default visualizer: image, ground truth, predicted mask, heat map and outline over the image."""
-        return NonSquareImageVisualizer(
-            fields=["image", "gt_mask", "pred_mask"],
-            overlay_fields=[("image", ["anomaly_map"]), ("image", ["pred_mask"])],
-        )
+        return NonSquareImageVisualizer(fields=["image", "gt_mask", "pred_mask"])  # anomalib adds the last two

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import Trainer
 from PIL import Image
 
 from .extensions.region import Region
@@ -22,10 +23,8 @@ class NonSquareImageVisualizer(ImageVisualizer):
     field_size: tuple[int, int]
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, *_args, **_kwargs) -> None:  # noqa: ANN001, ARG002
-        """Save the pictures of a batch, by default in the results folder of this run."""
-        square, folder = self.field_size, self.output_dir or Path(trainer.default_root_dir) / "images"
-        data, region = getattr(trainer, "datamodule", None), getattr(pl_module.model, "region", None)
-        names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
+        """Save the pictures of a batch."""
+        square, region = self.field_size, getattr(pl_module.model, "region", None)
         for item in batch:
             if item.image_path is None:
                 continue  # no name for its picture
@@ -34,8 +33,15 @@ class NonSquareImageVisualizer(ImageVisualizer):
                 self.field_size = round(square[0] * max(ratio, 1)), round(square[1] / min(ratio, 1))
             if (picture := self.visualize(item)) is not None:
                 picture = picture if region is None else _dim_outside(picture, region, self.field_size)
-                picture.save(generate_output_filename(item.image_path, folder, **names))
+                picture.save(picture_path(trainer, self, item.image_path, mkdir=True))
             self.field_size = square
+
+
+def picture_path(trainer: Trainer, visualizer: ImageVisualizer, image_path: Path | str, *, mkdir: bool) -> Path:
+    """Where a visualizer saves the picture of an image, by default in the results folder of this run."""
+    data, folder = getattr(trainer, "datamodule", None), Path(trainer.default_root_dir) / "images"
+    names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
+    return generate_output_filename(image_path, visualizer.output_dir or folder, **names, mkdir=mkdir)
 
 
 def _dim_outside(picture: Image.Image, region: Region, size: tuple[int, int]) -> Image.Image:
@@ -45,8 +51,8 @@ def _dim_outside(picture: Image.Image, region: Region, size: tuple[int, int]) ->
     return Image.composite(picture, picture.point(lambda value: value * DIMMED), inside)
 
 
-def _aspect_ratio(path: str | None) -> float:
-    if path is None or not Path(path).is_file():
+def _aspect_ratio(path: str) -> float:
+    if not Path(path).is_file():
         return 1.0
     with Image.open(path) as image:  # Pillow reads only the header
         return min(max(image.width / image.height, 0.25), 4.0)

@@ -17,11 +17,12 @@ from urllib.parse import quote
 
 import numpy as np
 from anomalib.data import ImageBatch, InferenceBatch
-from anomalib.utils.path import generate_output_filename
 from jinja2 import Template
 from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 from PIL import Image
+
+from anomalib_simplenet.visualizer import picture_path
 
 from . import charts, drift
 from .predictions import Predictions, report_of, threshold
@@ -166,8 +167,14 @@ def _choices(normal: NDArray, defective: NDArray) -> list[dict[str, Any]]:
 def _with_pictures(
     trainer: Trainer, model: LightningModule, folder: Path, images: list[Scored], galleries: dict[str, list[Scored]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The first images of each gallery that have a path; a data set of one's own may have none."""
-    pictures = _pictures(trainer, model, folder, [image for image in images if image.path.name])
+    """The first images of each gallery that have a path; a data set of one's own may have none.
+
+    With the picture that the visualizer saved, or, where another overwrote it, the image itself.
+    """
+    paths = [image.path for image in images if image.path.name and model.visualizer]
+    saved = {path: picture_path(trainer, model.visualizer, path, mkdir=False) for path in paths}
+    times = Counter(saved.values())
+    pictures = {path: picture for path, picture in saved.items() if times[picture] == 1 and picture.is_file()}
     return {
         title: [
             {"image": image, **_link(pictures.get(image.path, image.path), folder)}
@@ -175,18 +182,6 @@ def _with_pictures(
         ]
         for title, chosen in galleries.items()
     }
-
-
-def _pictures(trainer: Trainer, model: LightningModule, folder: Path, images: list[Scored]) -> dict[Path, Path]:
-    """The pictures of images that the visualizer saved and, where folders of one name exist, did not overwrite."""
-    if model.visualizer is None:
-        return {}
-    target = model.visualizer.output_dir or folder / "images"
-    data = getattr(trainer, "datamodule", None)
-    names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
-    saved = {image.path: generate_output_filename(image.path, target, **names, mkdir=False) for image in images}
-    times = Counter(saved.values())
-    return {path: picture for path, picture in saved.items() if times[picture] == 1 and picture.is_file()}
 
 
 def _link(shown: Path, folder: Path) -> dict[str, str]:
