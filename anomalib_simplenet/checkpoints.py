@@ -3,15 +3,13 @@
 import logging
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from .torch_model import SimpleNetModel
-
-if TYPE_CHECKING:
-    from anomalib.models import AnomalibModule
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +70,12 @@ class Requests:
     def __init__(self) -> None:
         self._brought: dict[str, Any] = {}
 
-    def of(self, module: "AnomalibModule") -> dict[str, Any]:
+    def of(self, module: LightningModule) -> dict[str, Any]:
         """Settings that are neither unset nor those that the last checkpoint brought."""
         now = _in_force(module).items()
         return {name: value for name, value in now if value not in {UNSET[name], self._brought.get(name)}}
 
-    def restore(self, module: "AnomalibModule", requested: Mapping[str, Any], top_patches: int) -> None:
+    def restore(self, module: LightningModule, requested: Mapping[str, Any], top_patches: int) -> None:
         """Put settings back that a checkpoint, whose ``top_patches`` these are, has just replaced with its own.
 
         A sensitivity of 0.5 cannot be told from unset: the checkpoint's then stays, with a warning.
@@ -107,11 +105,11 @@ class Requests:
             )
 
 
-def _in_force(module: "AnomalibModule") -> dict[str, Any]:
+def _in_force(module: LightningModule) -> dict[str, Any]:
     return {name: getattr(_owner(module, name), name, unset) for name, unset in UNSET.items()}
 
 
-def _owner(module: "AnomalibModule", name: str) -> Any:  # noqa: ANN401
+def _owner(module: LightningModule, name: str) -> Any:  # noqa: ANN401
     return module.model if name == "top_patches" else module.post_processor
 
 

@@ -300,14 +300,12 @@ class SimpleNet(ExactExport, AnomalibModule):
             ValueError: If the crop is larger than the image.
         """
         height, width = image_size or (288, 288)
-        transforms = [Resize((height, width), antialias=True)]
-        if center_crop_size is not None:
-            if center_crop_size[0] > height or center_crop_size[1] > width:
-                msg = f"center_crop_size is {center_crop_size}, expected at most image_size, {(height, width)}."
-                raise ValueError(msg)
-            transforms.append(CenterCrop(center_crop_size))
-        transforms.append(Normalize(mean=MEAN, std=STD))
-        return PreProcessor(transform=Compose(transforms))
+        if center_crop_size is not None and (center_crop_size[0] > height or center_crop_size[1] > width):
+            msg = f"center_crop_size is {center_crop_size}, expected at most image_size, {(height, width)}."
+            raise ValueError(msg)
+        crop = [] if center_crop_size is None else [CenterCrop(center_crop_size)]
+        resize, normalize = Resize((height, width), antialias=True), Normalize(mean=MEAN, std=STD)
+        return PreProcessor(transform=Compose([resize, *crop, normalize]))
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:

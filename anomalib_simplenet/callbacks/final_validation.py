@@ -42,7 +42,11 @@ class FinalValidation(Callback):
     def on_train_epoch_end(self, trainer: Trainer, *_args: object) -> None:
         """Validate if training ends now; checkpoint callbacks are called next, and save thresholds with weights."""
         self._release(trainer)
-        if _is_last_epoch(trainer):
+        epochs, steps = trainer.current_epoch + 1, trainer.global_step
+        may_stop = epochs >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
+        last_epoch = trainer.max_epochs not in {None, -1} and epochs >= trainer.max_epochs
+        last_step = trainer.max_steps != -1 and steps >= trainer.max_steps
+        if (trainer.should_stop and may_stop) or last_epoch or last_step:
             self._validate(trainer)
 
     def _release(self, trainer: Trainer, *_args: object) -> None:
@@ -55,14 +59,3 @@ class FinalValidation(Callback):
 
     on_exception = _release  # the next fit reads the setting
     on_train_end = _validate  # if what is called after on_train_epoch_end ended training
-
-
-def _is_last_epoch(trainer: Trainer) -> bool:
-    """Whether Lightning ends training after this epoch, at whose end it is asked."""
-    epochs, steps = trainer.current_epoch + 1, trainer.global_step
-    may_stop = epochs >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
-    return (
-        (trainer.should_stop and may_stop)
-        or (trainer.max_epochs not in {None, -1} and epochs >= trainer.max_epochs)
-        or (trainer.max_steps != -1 and steps >= trainer.max_steps)
-    )
