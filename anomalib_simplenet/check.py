@@ -62,7 +62,7 @@ def _compare(exported: Path, checkpoint: Path, folder: Path) -> bool:
         image, path = item.image[None], item.image_path
         try:
             answer = run(image.numpy())
-        except Exception as error:  # OpenVINO's RuntimeError, or onnxruntime's own kinds, which have no public name
+        except RuntimeError as error:
             msg = f"{exported} takes {compiled.inputs[0].partial_shape}, and {path} is {list(image.shape)}: resize it."
             raise ValueError(msg) from error
         with torch.inference_mode():
@@ -126,7 +126,14 @@ def _runtime(exported: Path, compiled: ov.CompiledModel) -> Callable[[NDArray], 
 
     session = InferenceSession(exported, providers=["CPUExecutionProvider"])
     names, (given,) = [output.name for output in session.get_outputs()], session.get_inputs()
-    return lambda image: dict(zip(names, session.run(names, {given.name: image}), strict=True))
+
+    def run(image: NDArray) -> dict[str, NDArray]:
+        try:
+            return dict(zip(names, session.run(names, {given.name: image}), strict=True))
+        except Exception as error:  # onnxruntime's own kinds have no public name
+            raise RuntimeError(str(error)) from error
+
+    return run
 
 
 def _speed(exported: Path, compiled: ov.CompiledModel, image: NDArray) -> dict[str, str]:
