@@ -17,7 +17,8 @@ def resize(feature: torch.Tensor, grid: tuple[int, int] | torch.Size) -> torch.T
     if feature.shape[-2:] == grid:
         return feature
     if torch.compiler.is_exporting():
-        if feature.shape[-2:] == (2 * grid[0], 2 * grid[1]):
+        fixed = all(isinstance(length, int) for length in (*feature.shape[-2:], *grid))  # comparing others fixes them
+        if fixed and feature.shape[-2:] == (2 * grid[0], 2 * grid[1]):
             return F.avg_pool2d(feature, 2)  # the same, and OpenVINO takes a tenth of the time
         return resize_by_product(feature, grid, antialias=False)
     return F.interpolate(feature, size=grid, mode="bilinear", align_corners=False)

@@ -115,6 +115,13 @@ def test_layers_in_any_order_score_alike_in_every_runtime(tmp_path: Path) -> Non
     assert_answers_like(model, model.to_openvino(tmp_path, input_size=(150, 170)), images)
 
 
+def test_coarser_layer_first_exports_for_images_of_any_size(tmp_path: Path) -> None:
+    model = trained_model(layers=["late", "early"], pre_processor=False)
+    path = model.to_onnx(tmp_path)
+    for height, width in ((64, 64), (150, 170), (77, 80)):
+        assert_answers_like(model, path, torch.rand(2, 3, height, width))
+
+
 def test_compiled_model_takes_no_export_forms() -> None:
     graphs = []
 
