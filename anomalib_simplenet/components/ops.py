@@ -67,7 +67,10 @@ def resize_matrix(size: int, out: int, like: torch.Tensor, antialias: bool) -> t
 
 def reciprocal(values: torch.Tensor) -> torch.Tensor:
     """``1 / values``, of any shape and above zero."""
-    return (-values.log()).exp() if torch.compiler.is_exporting() else values.reciprocal()
+    if not torch.compiler.is_exporting():
+        return values.reciprocal()
+    # A plain minus loses the mark in OpenVINO 2026.0.
+    return (values.log().unsqueeze(-1) @ values.new_full((1, 1), -1.0)).squeeze(-1).exp()
 
 
 def non_finite(images: torch.Tensor, patch_scores: torch.Tensor) -> torch.Tensor:

@@ -137,7 +137,7 @@ class ExactExport(ExportMixin):
             model = ov.convert_model(onnx, **(ov_kwargs or {}))
             in_float = float_operations(onnx)
         model.get_parameters()[0].set_layout(ov.Layout("NCHW"))
-        if resized and resized != input_size:
+        if resized and resized != tuple(input_size or ()):
             model = prepend_resize(model, input_size)
         if compression_type is not None:
             round_weights(model)

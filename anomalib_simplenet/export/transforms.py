@@ -6,7 +6,7 @@ import torch
 from anomalib.data.transforms import ExportableCenterCrop
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Normalize, Resize, Transform
 
-from anomalib_simplenet.components.ops import reciprocal, resize_by_product
+from anomalib_simplenet.components.ops import resize_by_product
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ class ExportableNormalize(Normalize):
         """Normalise one image or batch of shape ``(..., C, H, W)``."""
         if not torch.compiler.is_exporting():
             return super().transform(inpt, params)
-        mean, std = (inpt.new_tensor(values)[:, None] for values in (self.mean, self.std))
-        return ((inpt.flatten(-2) - mean) * reciprocal(std)).reshape(inpt.shape)
+        mean, scale = (inpt.new_tensor(each)[:, None] for each in (self.mean, [1 / value for value in self.std]))
+        return ((inpt.flatten(-2) - mean) * scale).reshape(inpt.shape)
 
 
 def exportable_transform(transform: Transform | None) -> Transform | None:

@@ -27,8 +27,9 @@ def equalize_brightness(images: torch.Tensor, region: Region | None = None) -> t
         torch.Tensor: The same, scaled before that normalisation.
     """
     mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-    counting = images if region is None else region.fill(images) * reciprocal(region.mask.mean())
-    brightness = (counting.mean(dim=(2, 3), keepdim=True) * std + mean).mean(dim=1, keepdim=True)
+    counting = images if region is None else region.fill(images)
+    share = images.new_ones(()) if region is None else region.mask.mean()
+    brightness = (counting.mean(dim=(2, 3), keepdim=True) * (std * reciprocal(share)) + mean).mean(dim=1, keepdim=True)
     scale = images.new_full((3, 1, 1), BRIGHTNESS) * reciprocal(brightness.clamp(min=DARKEST))
     shift = mean * reciprocal(std) * (scale - 1)
     # In rows of pixels, or OpenVINO puts the three channels last, which takes it ten times as long.

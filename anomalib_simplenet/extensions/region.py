@@ -103,7 +103,8 @@ class Region(nn.Module):
         flat = patch_scores.masked_fill(~inside, -torch.inf).flatten(1)
         highest = flat.topk(min(top_patches, flat.shape[1]), dim=1).values
         found = highest > -torch.inf
-        score = highest.masked_fill(~found, 0.0).sum(dim=1) * reciprocal(found.to(highest).sum(dim=1))
+        count = inside.sum().clamp(max=highest.shape[1]).to(highest)  # the same for all images: a constant in exports
+        score = (highest.masked_fill(~found, 0.0) * reciprocal(count.expand(highest.shape[1]))).sum(dim=1)
         weight = make_map(inside.to(patch_scores)[None, None], size).clamp(min=1e-6)  # larger inside
         anomaly_map = make_map(patch_scores.masked_fill(~inside, 0.0), size) * reciprocal(weight)
         return score, anomaly_map.masked_fill(self.mask == 0, -torch.inf)

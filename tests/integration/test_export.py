@@ -96,10 +96,17 @@ def test_openvino_input_has_a_name_and_a_layout(exported: dict[str, Path]) -> No
     assert str(model.input().get_partial_shape()) == "[4,3,?,?]"
 
 
-def test_openvino_export_for_images_of_the_models_size_does_not_resize(tmp_path: Path) -> None:
+def test_normalize_with_a_negative_deviation_exports_exactly(tmp_path: Path) -> None:
+    inverted = Compose([Resize((80, 96), antialias=True), Normalize(mean=[0.5] * 3, std=[-0.25] * 3)])
+    model = trained_model(pre_processor=PreProcessor(inverted))
+    assert_answers_like(model, model.to_openvino(tmp_path), torch.rand(2, 3, 90, 70))
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_openvino_export_for_images_of_the_models_size_does_not_resize(tmp_path: Path, kind: type) -> None:
     model, images = trained_model(), torch.rand(3, 3, 80, 96)
     model.pre_processor = PreProcessor(Resize((80, 96), antialias=True))
-    path = model.to_openvino(tmp_path, input_size=(80, 96))
+    path = model.to_openvino(tmp_path, input_size=kind((80, 96)))
     assert_answers_like(model, path, images)
     exported = ov.Core().read_model(path)
     assert "Interpolate" not in {node.get_type_name() for node in exported.get_ops()}
