@@ -1,6 +1,7 @@
 """SimpleNet in plain PyTorch."""
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from .components.ops import non_finite
 from .components.patch_aggregation import PatchAggregation
 from .extensions.averaging import PolynomialAverage
 from .extensions.brightness import equalize_brightness
+from .extensions.fine_map import FineMap
 from .extensions.fused_head import FusedHead, fingerprint, noisy_scores
 from .extensions.patch_sampling import sample_patches
 from .extensions.region import Region, load_region
@@ -52,6 +54,8 @@ class SimpleNetModel(nn.Module):
         patch_fraction (float): Share of a batch's patches, drawn at random in each step, to train on, above 0.
             Defaults to ``1.0``: all, as in the paper.
         top_patches (int): The image score is the mean of the k highest patch scores. Defaults to ``1``, the paper's.
+        map_layer (str | None): One of ``layers`` whose Mahalanobis distance, on its own finer grid, is added to anomaly
+            maps, in place of smoothing (:class:`FineMap`). Needs whitening. Defaults to ``None``.
         averaging (bool): Not in the paper: whether to predict with the average of the weights over about the last
             quarter of training instead of those of the last step. Defaults to ``False``.
 
@@ -92,6 +96,7 @@ class SimpleNetModel(nn.Module):
         normalize_brightness: bool = False,
         patch_fraction: float = 1.0,
         top_patches: int = 1,
+        map_layer: str | None = None,
         averaging: bool = False,
     ) -> None:
         super().__init__()
@@ -110,11 +115,12 @@ class SimpleNetModel(nn.Module):
         dimension = sum(channels) if target_embed_dimension is None else target_embed_dimension
         self.patch_aggregation = PatchAggregation(channels, patch_size, pretrain_embed_dimension, dimension)
         self.whitening = Whitening(dimension, whiten == "local", components) if whiten else None
+        self.fine_map = None if map_layer is None else FineMap(map_layer, layers, channels, whiten)
         dimension = components or dimension
         self.adapter = Adapter(dimension, adapter_layers)
         self.anomaly_generator = AnomalyGenerator(noise_std, mix_noise, noise)
         self.discriminator = Discriminator(dimension, discriminator_layers, discriminator_hidden)
-        self.anomaly_map_generator = AnomalyMapGenerator()
+        self.anomaly_map_generator = AnomalyMapGenerator(sigma=4.0 if map_layer is None else 0.0)
         self.region: Region | None = None
         self.tiler: Any = None
         self.averaged = PolynomialAverage(self.trained) if averaging else None
@@ -141,10 +147,13 @@ class SimpleNetModel(nn.Module):
             return real, fake
 
         patch_scores = -self.score_patches(features)  # (N, 1, h, w)
-        highest = patch_scores.flatten(1).topk(min(self.top_patches, patch_scores[0].numel()), dim=1).values
-        score, anomaly_map = highest.mean(dim=1), self.anomaly_map_generator(patch_scores, images.shape[-2:])
-        if self.region is not None:
-            score, anomaly_map = self.region.summarise(patch_scores, self.top_patches, self.anomaly_map_generator)
+        grids = [patch_scores] if self.fine_map is None else [patch_scores, self.fine_map(features)]
+        if self.region is None:
+            highest = patch_scores.flatten(1).topk(min(self.top_patches, patch_scores[0].numel()), dim=1).values
+            score = highest.mean(dim=1)
+            anomaly_map = reduce(torch.add, [self.anomaly_map_generator(grid, images.shape[-2:]) for grid in grids])
+        else:
+            score, anomaly_map = self.region.summarise(grids, self.top_patches, self.anomaly_map_generator)
         # So that no exported model takes an image that it could not score for normal.
         unusable = non_finite(images if self.region is None else self.region.fill(images), patch_scores)
         return InferenceBatch(

@@ -1,7 +1,12 @@
 """The pass over the training images that whitening takes before training."""
 
+from collections.abc import Callable, Sequence
+
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+
+from anomalib_simplenet.extensions.whitening import Whitening
 
 from .feature_cache import iterate_features
 from .resume import resumes
@@ -18,20 +23,32 @@ class WhiteningPass(Callback):
             raise ValueError(msg)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Average anew and fit the whitening."""
+        """Average anew, and fit the whitening of embeddings and that of the fine map."""
         model = pl_module.model
         if model.averaged is not None and not resumes(trainer):
             model.averaged.steps.zero_()
         if model.whitening is None or (model.whitening.fitted and resumes(trainer)):
             return
-        features = iterate_features(trainer, pl_module, "Whitening")
-        embeddings = (model.patch_aggregation(maps) for maps in features)
-        if model.region is not None and not model.whitening.local:
-            embeddings = (maps[:, :, model.region.inside(maps.shape[-2:]), None] for maps in embeddings)
-        moments = model.whitening.moments(embeddings)
-        if trainer.world_size > 1:
-            moments = trainer.strategy.reduce(moments.to(pl_module.device), reduce_op="sum").cpu()
-        if model.region is not None and model.whitening.local:  # positions outside get the mean of those inside
-            inside = model.region.inside(moments.shape[-2:]).cpu()
-            moments[:, ~inside] = moments[:, inside].mean(dim=1, keepdim=True)
-        model.whitening.fit(moments)
+        fit(trainer, pl_module, model.whitening, model.patch_aggregation)
+        if model.fine_map is not None:
+            fit(trainer, pl_module, model.fine_map.whitening, model.fine_map.cells)
+
+
+def fit(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    whitening: Whitening,
+    embed: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+) -> None:
+    """Fit one whitening on what ``embed`` makes of the feature maps of all training images."""
+    region = pl_module.model.region
+    embeddings = (embed(maps) for maps in iterate_features(trainer, pl_module, "Whitening"))
+    if region is not None and not whitening.local:
+        embeddings = (maps[:, :, region.inside(maps.shape[-2:]), None] for maps in embeddings)
+    moments = whitening.moments(embeddings)
+    if trainer.world_size > 1:
+        moments = trainer.strategy.reduce(moments.to(pl_module.device), reduce_op="sum").cpu()
+    if region is not None and whitening.local:  # positions outside get the mean of those inside
+        inside = region.inside(moments.shape[-2:]).cpu()
+        moments[:, ~inside] = moments[:, inside].mean(dim=1, keepdim=True)
+    whitening.fit(moments)

@@ -15,13 +15,13 @@ class AnomalyMapGenerator(nn.Module):
     rows and one for the columns.
 
     Args:
-        sigma (float): Standard deviation of the smoothing, in pixels. Defaults to ``4``, the paper's value.
+        sigma (float): Standard deviation of the smoothing, in pixels; ``0`` for none. Defaults to ``4``, the paper's.
     """
 
     def __init__(self, sigma: float = 4.0) -> None:
         super().__init__()
         radius = int(4 * sigma + 0.5)
-        kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
+        kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / max(sigma, 1e-6)) ** 2)
         self.register_buffer("kernel", (kernel / kernel.sum()).float(), persistent=False)
 
     def forward(self, patch_scores: torch.Tensor, image_size: tuple[int, int] | torch.Size) -> torch.Tensor:

@@ -62,15 +62,15 @@ def resize_matrix(size: int, out: int, like: torch.Tensor, antialias: bool) -> t
     # The integers get all four dimensions here, or OpenVINO rewrites the products.
     weight = (2 * width - (sample[None, None, None] - centre[None, None, :, None]).abs()).clamp(min=0)
     total = weight.sum(dim=3, keepdim=True).to(like.dtype)
-    return weight.to(like.dtype) * reciprocal(total)
+    return weight.to(like.dtype) * power(total, -1)
 
 
-def reciprocal(values: torch.Tensor) -> torch.Tensor:
-    """``1 / values``, of any shape and above zero."""
+def power(values: torch.Tensor, exponent: float) -> torch.Tensor:
+    """``values ** exponent``, of any shape and not below zero."""
     if not torch.compiler.is_exporting():
-        return values.reciprocal()
-    # A plain minus loses the mark in OpenVINO 2026.0.
-    return (values.log().unsqueeze(-1) @ values.new_full((1, 1), -1.0)).squeeze(-1).exp()
+        return values.pow(exponent)
+    # A plain product with one number loses the mark in OpenVINO 2026.0.
+    return (values.log().unsqueeze(-1) @ values.new_full((1, 1), exponent)).squeeze(-1).exp()
 
 
 def non_finite(images: torch.Tensor, patch_scores: torch.Tensor) -> torch.Tensor:

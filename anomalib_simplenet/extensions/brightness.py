@@ -3,7 +3,7 @@
 import torch
 from torchvision.transforms.v2 import Compose, Normalize, Transform
 
-from anomalib_simplenet.components.ops import reciprocal
+from anomalib_simplenet.components.ops import power
 
 from .region import Region
 
@@ -29,9 +29,9 @@ def equalize_brightness(images: torch.Tensor, region: Region | None = None) -> t
     mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
     counting = images if region is None else region.fill(images)
     share = images.new_ones(()) if region is None else region.mask.mean()
-    brightness = (counting.mean(dim=(2, 3), keepdim=True) * (std * reciprocal(share)) + mean).mean(dim=1, keepdim=True)
-    scale = images.new_full((3, 1, 1), BRIGHTNESS) * reciprocal(brightness.clamp(min=DARKEST))
-    shift = mean * reciprocal(std) * (scale - 1)
+    brightness = (counting.mean(dim=(2, 3), keepdim=True) * (std * power(share, -1)) + mean).mean(dim=1, keepdim=True)
+    scale = images.new_full((3, 1, 1), BRIGHTNESS) * power(brightness.clamp(min=DARKEST), -1)
+    shift = mean * power(std, -1) * (scale - 1)
     # In rows of pixels, or OpenVINO puts the three channels last, which takes it ten times as long.
     return torch.addcmul(shift.flatten(2), images.flatten(2), scale.flatten(2)).reshape(images.shape)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_simplenet.components.ops import reciprocal
+from anomalib_simplenet.components.ops import power
 
 SMALLEST_SHARE = 1e-6  # of a pixel in one that it is resized to
 
@@ -91,23 +92,28 @@ class Region(nn.Module):
         return F.adaptive_avg_pool2d(self.mask, tuple(grid))[0, 0] > 0
 
     def summarise(
-        self, patch_scores: torch.Tensor, top_patches: int, make_map: Callable[[torch.Tensor, torch.Size], torch.Tensor]
+        self,
+        grids: Sequence[torch.Tensor],
+        top_patches: int,
+        make_map: Callable[[torch.Tensor, torch.Size], torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Image scores ``(N,)`` and anomaly maps ``(N, 1, H, W)`` from scores ``(N, 1, h, w)`` of the patches inside.
 
-        The score is the mean of the ``top_patches`` highest, or of all where fewer count. The map is their weighted
-        mean, with the weights that resizing and smoothing (``make_map``) give them: patches outside neither raise nor
-        lower it. Pixels outside are minus infinity, which no threshold marks.
+        The score is the mean of the ``top_patches`` highest of the first grid, or of all where fewer count. The map is
+        the sum over all grids of their weighted means, with the weights that resizing and smoothing (``make_map``) give
+        them: patches outside neither raise nor lower it. Pixels outside are minus infinity, which no threshold marks.
         """
-        inside, size = self.inside(patch_scores.shape[-2:]), self.mask.shape[-2:]
-        flat = patch_scores.masked_fill(~inside, -torch.inf).flatten(1)
+        maps, size = [], self.mask.shape[-2:]
+        for scores in reversed(grids):
+            inside = self.inside(scores.shape[-2:])
+            weight = make_map(inside.to(scores)[None, None], size).clamp(min=1e-6)  # larger inside
+            maps.append(make_map(scores.masked_fill(~inside, 0.0), size) * power(weight, -1))
+        flat = scores.masked_fill(~inside, -torch.inf).flatten(1)
         highest = flat.topk(min(top_patches, flat.shape[1]), dim=1).values
         found = highest > -torch.inf
         count = inside.sum().clamp(max=highest.shape[1]).to(highest)  # the same for all images: a constant in exports
-        score = (highest.masked_fill(~found, 0.0) * reciprocal(count.expand(highest.shape[1]))).sum(dim=1)
-        weight = make_map(inside.to(patch_scores)[None, None], size).clamp(min=1e-6)  # larger inside
-        anomaly_map = make_map(patch_scores.masked_fill(~inside, 0.0), size) * reciprocal(weight)
-        return score, anomaly_map.masked_fill(self.mask == 0, -torch.inf)
+        score = (highest.masked_fill(~found, 0.0) * power(count.expand(highest.shape[1]), -1)).sum(dim=1)
+        return score, reduce(torch.add, maps).masked_fill(self.mask == 0, -torch.inf)
 
 
 def load_region(model: Any, state_dict: Mapping[str, torch.Tensor], prefix: str, *_args: object) -> None:  # noqa: ANN401

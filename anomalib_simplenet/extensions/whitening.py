@@ -81,10 +81,19 @@ class Whitening(nn.Module):
                 "without one, export with --input_size as in training."
             )
             raise ValueError(msg)
-        if self.components < self.dimension:
-            embedding = nn.functional.conv2d(embedding, self.projection[:, :, None, None])
-        white = (_positions(embedding) - _positions(self.mean[None])) @ self.weight
+        white = self.whiten(_positions(self.project(embedding)))
         return white.transpose(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+    def project(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Principal components ``(N, k, h, w)`` of embeddings ``(N, dimension, h, w)``."""
+        if self.components == self.dimension:
+            return embedding
+        return nn.functional.conv2d(embedding, self.projection[:, :, None, None])
+
+    def whiten(self, components: torch.Tensor) -> torch.Tensor:
+        """Whiten components of each position, ``(h * w, N, k)``."""
+        # PyTorch's product of many small matrices is thirty times as slow where they are not contiguous.
+        return (components - _positions(self.mean[None])).contiguous() @ self.weight
 
     def moments(self, embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
         """Moments of patches; those of several sets add up.

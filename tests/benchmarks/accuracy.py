@@ -57,7 +57,7 @@ def simplenet(preset: str, **arguments: Any) -> SimpleNet:  # noqa: ANN401
 
 def distance_alone(whiten: bool | str, **arguments: Any) -> SimpleNet:  # noqa: ANN401
     """The edge preset, scoring patches by their Mahalanobis distance instead of the discriminator."""
-    made = simplenet("edge", whiten=whiten, **arguments)
+    made = simplenet("edge", whiten=whiten, map_layer=None, **arguments)
     model = made.model
     model.score_patches = lambda maps: -model.whitening(model.patch_aggregation(maps)).norm(dim=1, keepdim=True)
     return made
@@ -74,12 +74,25 @@ ABLATIONS = {
         "pretrain_embed_dimension": 1536,
         "target_embed_dimension": 1536,
     },
-    "no whitening": {"whiten": False, "components": None, "noise": "gaussian", "noise_std": 0.015},
+    "no whitening": {
+        "whiten": False,
+        "components": None,
+        "noise": "gaussian",
+        "noise_std": 0.015,
+        "map_layer": None,
+    },
     "brightness as it is": {"normalize_brightness": False},
     "highest patch": {"top_patches": 1},
     "last weights": {"averaging": False},
-    "one covariance, all components, Gaussian noise": {"whiten": True, "components": None, "noise": "gaussian"},
-    "grid of 32 x 32": {"layers": LAYERS, "top_patches": 6},
+    "one covariance, all components, Gaussian noise": {
+        "whiten": True,
+        "components": None,
+        "noise": "gaussian",
+        "map_layer": None,
+    },
+    "grid of 32 x 32": {"layers": LAYERS, "top_patches": 6, "map_layer": None},
+    "map of 16 x 16": {"map_layer": None},
+    "all patches": {"patch_fraction": 1.0},
 }
 
 
@@ -97,6 +110,7 @@ MODELS: dict[str, tuple[Callable[..., AnomalibModule], dict[str, int]]] = {
     # An epoch of the paper's takes minutes here: so an eighth of the patches, and 24 epochs instead of 160.
     "SimpleNet, paper": (partial(simplenet, "paper", layers=LAYERS, patch_fraction=0.125), {"max_epochs": 24}),
     **{f"SimpleNet, {name}": (partial(simplenet, "edge", **change), LIMITS) for name, change in ABLATIONS.items()},
+    "SimpleNet, 160 epochs": (partial(simplenet, "edge"), {"max_epochs": 160}),
     "Patchcore, 1 %": (partial(patchcore, 0.01), {"max_epochs": 1}),
     "Patchcore, 0.5 %": (partial(patchcore, 0.005), {"max_epochs": 1}),
     "Padim": (partial(Padim, layers=LAYERS, n_features=100), {"max_epochs": 1}),

@@ -33,7 +33,7 @@ def main() -> None:
     pictures, name, arguments = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     seed_everything(5)
     # Noise and batch norm are each process's own: without any, two must train exactly as one.
-    model = tiny_model(adapter_layers=1, discriminator_layers=1, whiten=True, noise_std=1e-30)
+    model = tiny_model(adapter_layers=1, discriminator_layers=1, whiten=True, map_layer="layer1", noise_std=1e-30)
     processes = arguments.get("devices", 1) * arguments.get("num_nodes", 1)
     data = folder_data(pictures, train_batch_size=4 // processes, val_split_mode="same_as_test")
     watch = Losses(os.environ.get("DIES"))

@@ -184,17 +184,25 @@ def test_fit_repeats_with_or_without_cache_and_workers(pictures: Path, tmp_path:
 
 
 def test_whitening_pass_uses_the_training_images_and_is_kept_on_resuming(pictures: Path) -> None:
-    model = tiny_model(whiten=True)
-    _, engine, _ = fit(pictures, model, max_epochs=1)
-    transform = model.pre_processor.transform
-    maps = torch.cat([model.model.embed(transform(item.image[None])) for item in folder_train(pictures)])
-    white = model.model.whitening(maps).permute(0, 2, 3, 1).flatten(0, 2)
-    torch.testing.assert_close(white.mean(dim=0), torch.zeros(16), atol=1e-3, rtol=0)
-    kept = model.model.whitening.weight.clone()
-    resumed = tiny_model(whiten=True)
+    arguments = {"whiten": True, "layers": ["layer2", "layer1"], "map_layer": "layer1"}
+    _, engine, model = fit(pictures, tiny_model(**arguments), max_epochs=1)
+    transform, net = model.pre_processor.transform, model.model
+    features = net.extract(torch.cat([transform(item.image[None]) for item in folder_train(pictures)]))
+    kept = {}
+    for whitening, maps in (
+        (net.whitening, net.patch_aggregation(features)),
+        (net.fine_map.whitening, net.fine_map.cells(features)),
+    ):
+        white = whitening(maps).permute(0, 2, 3, 1).flatten(0, 2)
+        torch.testing.assert_close(white.mean(dim=0), torch.zeros(white.shape[1]), atol=1e-3, rtol=0)
+        kept[whitening] = whitening.weight.clone()
+    resumed = tiny_model(**arguments)
     other = Engine(max_epochs=2, default_root_dir=pictures.parent / "again", accelerator="cpu")
     other.fit(resumed, datamodule=folder_data(pictures), ckpt_path=engine.trainer.checkpoint_callback.best_model_path)
-    assert torch.equal(resumed.model.whitening.weight, kept)
+    for whitening, weight in zip(
+        (resumed.model.whitening, resumed.model.fine_map.whitening), kept.values(), strict=True
+    ):
+        assert torch.equal(whitening.weight, weight)
 
 
 @pytest.mark.parametrize("whiten", [True, "local"])

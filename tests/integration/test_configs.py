@@ -130,6 +130,7 @@ def test_paper_config_holds_the_values_of_the_paper() -> None:
         "components": None,
         "normalize_brightness": False,
         "top_patches": 1,
+        "map_layer": None,
         "averaging": False,
         "margin": 0.5,
         "adapter_lr": 1e-4,

@@ -19,6 +19,7 @@ from anomalib_simplenet.components.ops import leaky_relu, resize, resize_by_prod
 from anomalib_simplenet.export.quantization import float_operations, quantize
 from anomalib_simplenet.export.transforms import check_exportable, exportable_transform, split_resize
 from anomalib_simplenet.extensions.region import Region
+from anomalib_simplenet.torch_model import SimpleNetModel
 
 from .conftest import folder_data, tiny_model
 
@@ -50,15 +51,22 @@ def trained_model(**arguments: object) -> SimpleNet:
     return model.eval()
 
 
+def fit_whitening(model: SimpleNetModel, images: torch.Tensor) -> None:
+    features = model.extract(images)
+    model.whitening.fit(model.whitening.moments([model.patch_aggregation(features)]))
+    if model.fine_map is not None:
+        model.fine_map.whitening.fit(model.fine_map.whitening.moments([model.fine_map.cells(features)]))
+
+
 def answers_of(path: Path, images: torch.Tensor) -> dict[str, np.ndarray]:
     compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return {output.get_any_name(): value for output, value in compiled(images.numpy()).items()}
 
 
-def assert_answers_like(model: SimpleNet, path: Path, images: torch.Tensor) -> None:
+def assert_answers_like(model: SimpleNet, path: Path, images: torch.Tensor, atol: float = 1e-5) -> None:
     expected, answer = model.eval()(images), answers_of(path, images)
     for field in ("pred_score", "anomaly_map"):
-        np.testing.assert_allclose(answer[field], getattr(expected, field).detach(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(answer[field], getattr(expected, field).detach(), rtol=1e-4, atol=atol)
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +230,20 @@ def test_inexact_resize_warns(caplog: pytest.LogCaptureFixture) -> None:
             {"whiten": "local", "components": 9, "normalize_brightness": True, "top_patches": 3, "region": True},
             id="resized first, with a region",
         ),
+        *(
+            pytest.param(
+                SimpleNet.configure_pre_processor((80, 96)),
+                {
+                    "whiten": "local",
+                    "components": 9,
+                    "layers": ["late", "early"],
+                    "map_layer": "early",
+                    "region": region,
+                },
+                id=f"map of a finer layer, region {region}",
+            )
+            for region in (False, True)
+        ),
         pytest.param(
             PreProcessor(Compose([NORMALIZE, Resize((64, 64), antialias=True)])),
             {"whiten": True},
@@ -241,14 +263,13 @@ def test_openvino_computes_in_float32(
     arguments = {name: value for name, value in arguments.items() if name != "region"}
     model = small_model(pre_processor=pre_processor, **arguments)
     images = torch.rand(3, 3, 150, 170)
-    whitening = model.model.whitening
-    whitening.fit(whitening.moments([model.model.embed(pre_processor(images))]))
+    fit_whitening(model.model, pre_processor(images))
     if with_region:
         mask = torch.zeros(1, 1, 80, 96)
         mask[..., 20:70, 30:] = 1
         model.model.region = Region(mask, torch.tensor(170 / 150))
     path = model.eval().to_openvino(tmp_path, input_size=input_size)
-    assert_answers_like(model, path, images)
+    assert_answers_like(model, path, images, atol=1e-4 if model.model.fine_map else 1e-5)  # its terms cancel out
     compiled = [ov.Core().compile_model(path, "CPU", config) for config in ({}, {"INFERENCE_PRECISION_HINT": "f32"})]
     answers = [each(images.numpy()) for each in compiled]
     for field in ("pred_score", "anomaly_map"):
@@ -266,6 +287,14 @@ def test_resize_by_product_equals_torchvision(size: tuple[int, int], out: tuple[
     # Products and torchvision's own loop round differently where they do not average.
     atol = 1e-6 if antialias else 5e-6
     torch.testing.assert_close(resize_by_product(images, out, antialias=antialias), expected, rtol=1e-5, atol=atol)
+
+
+def test_map_of_a_finer_layer_exports_for_any_size(tmp_path: Path) -> None:
+    model = trained_model(pre_processor=False, layers=["late", "early"], whiten=True, map_layer="early")
+    fit_whitening(model.model, torch.rand(3, 3, 64, 64))
+    path = model.eval().to_openvino(tmp_path)
+    for size in ((64, 64), (96, 80)):
+        assert_answers_like(model, path, torch.rand(2, 3, *size))
 
 
 def test_resize_to_half_exports_exactly() -> None:

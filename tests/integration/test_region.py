@@ -84,6 +84,7 @@ def assert_equal_states(model: SimpleNet, other: SimpleNet) -> None:
             {"whiten": "local", "components": 12, "layers": ["layer1", "layer2"], "normalize_brightness": True},
             id="local",
         ),
+        pytest.param({"whiten": "local", "layers": ["layer2", "layer1"], "map_layer": "layer1"}, id="map layer"),
         # squeeze-and-excitation sees the whole image
         pytest.param({"backbone": "mobilenetv3_small_050", "layers": ["blocks.3"]}, id="squeeze-and-excitation"),
     ],
@@ -338,15 +339,19 @@ def test_summarise_neither_raises_nor_lowers_the_rim() -> None:
     mask[..., 13:50, 20:21] = mask[..., 33:37, 20:90] = 1  # thinner than a patch
     region, generator = Region(mask, torch.tensor(1.5)), AnomalyMapGenerator()
     scores = torch.full((2, 1, 8, 12), 1e6).masked_fill(region.inside((8, 12)), -3.0)
-    score, anomaly_map = region.summarise(scores, 1000, generator)
+    score, anomaly_map = region.summarise([scores], 1000, generator)
     torch.testing.assert_close(score, torch.tensor([-3.0, -3.0]))
     torch.testing.assert_close(anomaly_map, torch.where(mask > 0, -3.0, -torch.inf).expand(2, 1, -1, -1))
+    finer = torch.full((2, 1, 16, 24), 1e6).masked_fill(region.inside((16, 24)), 5.0)
+    score, anomaly_map = region.summarise([scores, finer], 1000, generator)
+    torch.testing.assert_close(score, torch.tensor([-3.0, -3.0]))
+    torch.testing.assert_close(anomaly_map, torch.where(mask > 0, 2.0, -torch.inf).expand(2, 1, -1, -1))
 
 
 def test_summarise_of_a_region_of_all_pixels_is_the_plain_map() -> None:
     region, generator = Region(torch.ones(1, 1, 64, 96), torch.tensor(1.5)), AnomalyMapGenerator()
     scores = torch.randn(2, 1, 8, 12)
-    score, anomaly_map = region.summarise(scores, 3, generator)
+    score, anomaly_map = region.summarise([scores], 3, generator)
     torch.testing.assert_close(score, scores.flatten(1).topk(3).values.mean(dim=1))
     torch.testing.assert_close(anomaly_map, generator(scores, (64, 96)))
 

@@ -118,7 +118,8 @@ def test_checkpoint_without_tiles_follows_one_with_tiles(pictures: Path) -> None
 
 
 def test_feature_cache_with_tiles_gives_the_same_weights(pictures: Path) -> None:
-    (cached, _), (plain, _) = (train(pictures, whiten="local", feature_cache=cache) for cache in (True, False))
+    arguments = {"whiten": "local", "layers": ["layer2", "layer1"], "map_layer": "layer1"}
+    (cached, _), (plain, _) = (train(pictures, **arguments, feature_cache=cache) for cache in (True, False))
     for (name, value), same in zip(cached.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(value, same) or (value.isnan() & same.isnan()).all(), name
 

@@ -1,5 +1,6 @@
 """SimpleNetModel."""
 
+import itertools
 from copy import deepcopy
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 from anomalib_simplenet.extensions.patch_sampling import sample_patches
 from anomalib_simplenet.loss import TruncatedL1Loss
@@ -124,6 +126,44 @@ def test_training_step_never_waits_for_the_device(patch_fraction: float) -> None
     called = {event.key for event in profile.key_averages()}
     assert "aten::addmm" in called
     assert not called & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+
+
+@pytest.mark.parametrize("whiten", [True, "local"])
+def test_map_layer_adds_its_distance_to_the_map(whiten: bool | str) -> None:
+    model = make(TwoStages(), layers=("late", "early"), whiten=whiten, map_layer="early").eval()
+    training, images = torch.randn(30, 3, 32, 48), torch.randn(2, 3, 32, 48)
+    features = model.extract(training)
+    model.whitening.fit(model.whitening.moments([model.patch_aggregation(features)]))
+    fine = model.fine_map.whitening
+    fine.fit(fine.moments([model.fine_map.cells(features)]))
+    late, early = model.extract(images)
+    assert late.shape[2:] == (4, 6)
+    assert early.shape[2:] == (8, 12)
+
+    whitened = torch.empty_like(early)
+    for row, column in itertools.product(range(8), range(12)):
+        y, x = (row // 2, column // 2) if whiten == "local" else (0, 0)
+        cell = features[1][:, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2] if whiten == "local" else features[1]
+        torch.testing.assert_close(fine.mean[:, y, x], cell.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+        whitened[:, :, row, column] = (early[:, :, row, column] - fine.mean[:, y, x]) @ fine.weight[y * 6 + x]
+    distance = 2 * whitened.square().mean(dim=1, keepdim=True).sqrt()
+    scores = plain_scores(model, images).unflatten(1, (1, 4, 6))
+    expected = sum(F.interpolate(grid, (32, 48), mode="bilinear") for grid in (scores, distance))
+    answer = model(images)
+    torch.testing.assert_close(answer.anomaly_map, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(answer.pred_score, scores.amax(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{"whiten": True, "map_layer": "first"}, {"map_layer": "early"}])
+def test_map_layer_is_one_of_the_layers_and_needs_whitening(arguments: dict) -> None:
+    with pytest.raises(ValueError, match=r"map_layer is .*, expected one of layers, early, late, and whiten true or"):
+        make(TwoStages(), layers=("early", "late"), **arguments)
+
+
+def test_map_layer_refuses_a_coarser_layer() -> None:
+    model = make(TwoStages(), layers=("early", "late"), whiten=True, map_layer="late").eval()
+    with pytest.raises(ValueError, match="map_layer has 4 x 6 patches, expected a multiple of the 8 x 12 of the first"):
+        model(torch.randn(2, 3, 32, 48))
 
 
 def test_patch_fraction_trains_on_so_many_different_patches() -> None:
