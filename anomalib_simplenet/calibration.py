@@ -14,7 +14,7 @@ from scipy.special import betaincinv
 from torch import nn
 
 from .checks import check_number
-from .compat import add_batch_field
+from .compat import add_batch_field, set_pixel_threshold
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class CalibratedPostProcessor(PostProcessor):
     Every validation keeps the scores of its normal images. Where ``false_alarm_rate`` is set, the threshold is the
     ``ceil((n + 1) * (1 - rate))``-th smallest of these n scores, so that another normal image of the same kind is
     labelled defective with at most that probability, whatever the distribution of scores; equal scores lower it. The
-    pixel threshold keeps the same rate of normal images with any pixel marked. Otherwise thresholds are anomalib's.
+    pixel threshold keeps the same rate of normal images with any pixel marked. Otherwise thresholds are anomalib's, but
+    without masks as many normal images get any pixel marked as are labelled defective: scores and maps differ in scale.
     Sensitivities act on top: 0.5 leaves the rate alone, others move the threshold away from it.
 
     Tables and rate are saved in checkpoints, not in the state dict: a checkpoint loads with any post-processor.
@@ -55,6 +56,7 @@ class CalibratedPostProcessor(PostProcessor):
         super().__init__(**settings)
         self.false_alarm_rate: float | None = None
         self.calibration_scores = self.calibration_peaks = torch.empty(0)
+        self._masks = False
         self._normal: dict[Any, tuple[float, float]] = {}  # score and peak by path: samplers may repeat images
 
     def checkpoint_config(self) -> dict[str, Any]:
@@ -72,12 +74,14 @@ class CalibratedPostProcessor(PostProcessor):
     def on_validation_start(self, *_args: object) -> None:
         """Forget a validation that was interrupted."""
         self._normal.clear()
+        self._masks = False
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args, **kwargs
     ) -> None:
         """Note the scores of normal images."""
         super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+        self._masks |= outputs.gt_mask is not None
         if outputs.gt_label is None:
             return
         scores, peaks = outputs.pred_score.flatten().tolist(), outputs.anomaly_map.flatten(1).amax(dim=1).tolist()
@@ -96,6 +100,10 @@ class CalibratedPostProcessor(PostProcessor):
         values = torch.tensor(list(self._normal.values())).reshape(-1, 2)
         self.calibration_scores, self.calibration_peaks = (_table(column) for column in values.T)
         self._normal = {}
+        chooses = self.enable_thresholding and self.enable_threshold_matching
+        if chooses and not self._masks and len(self.calibration_scores):
+            alarms = int((self.calibration_scores > super().image_threshold.cpu()).sum())
+            set_pixel_threshold(self, self.calibration_peaks[-1 - min(alarms, len(self.calibration_peaks) - 1)])
         if self.false_alarm_rate is None or not trainer.is_global_zero:
             return
         table = self.calibration_scores

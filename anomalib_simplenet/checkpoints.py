@@ -53,7 +53,8 @@ def differing(
             "another version of anomalib-simplenet. Use that version, or train again."
         )
         raise ValueError(msg)
-    saved, own = checkpoint["hyper_parameters"], portable(hyper_parameters, model)
+    # Those of before an argument was added lack it.
+    saved, own = {**ARCHITECTURE, **checkpoint["hyper_parameters"]}, portable(hyper_parameters, model)
     if isinstance(saved["backbone"], nn.Module):  # load_from_checkpoint puts its arguments among them
         saved = {**saved, "backbone": None}
     names = ARCHITECTURE.keys() - _NOT_IN_WEIGHTS

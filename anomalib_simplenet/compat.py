@@ -13,10 +13,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 from torch.utils.data import DataLoader
 from wrapt import register_post_import_hook, wrap_function_wrapper
 
@@ -200,3 +202,11 @@ def add_batch_field(name: str) -> None:
             for method in ("__init__", "__repr__", "__eq__"):
                 delattr(kind, method)  # dataclass keeps what is there
             dataclass(kind)
+
+
+def set_pixel_threshold(processor: nn.Module, threshold: torch.Tensor) -> None:
+    """Set the raw threshold of maps that an anomalib post-processor chooses in validation, a scalar.
+
+    ``_pixel_threshold`` is a private buffer, and ``pixel_threshold`` has no setter.
+    """
+    processor._pixel_threshold.copy_(threshold)  # noqa: SLF001

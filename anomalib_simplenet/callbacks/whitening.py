@@ -29,12 +29,12 @@ class WhiteningPass(Callback):
             model.averaged.steps.zero_()
         if model.whitening is None or (model.whitening.fitted and resumes(trainer)):
             return
-        fit(trainer, pl_module, model.whitening, model.patch_aggregation)
-        if model.fine_map is not None:
-            fit(trainer, pl_module, model.fine_map.whitening, model.fine_map.cells)
+        if model.fine_map is not None:  # first, since it may refuse the images' size
+            fit_whitening(trainer, pl_module, model.fine_map.whitening, model.fine_map.cells)
+        fit_whitening(trainer, pl_module, model.whitening, model.patch_aggregation)
 
 
-def fit(
+def fit_whitening(
     trainer: Trainer,
     pl_module: LightningModule,
     whitening: Whitening,

@@ -65,12 +65,16 @@ def resize_matrix(size: int, out: int, like: torch.Tensor, antialias: bool) -> t
     return weight.to(like.dtype) * power(total, -1)
 
 
-def power(values: torch.Tensor, exponent: float) -> torch.Tensor:
-    """``values ** exponent``, of any shape and not below zero."""
+def power(values: torch.Tensor, exponent: float, width: int = 1) -> torch.Tensor:
+    """``values ** exponent``, above zero, or not below it where the exponent is positive.
+
+    A last dimension of 1 is repeated to ``width``; another one must be fixed in exported models.
+    """
     if not torch.compiler.is_exporting():
-        return values.pow(exponent)
-    # A plain product with one number loses the mark in OpenVINO 2026.0.
-    return (values.log().unsqueeze(-1) @ values.new_full((1, 1), exponent)).squeeze(-1).exp()
+        return values.pow(exponent).repeat_interleave(width, dim=-1) if width > 1 else values.pow(exponent)
+    if values.shape[-1] == 1:  # a product with one number loses the mark
+        return (values.log() @ values.new_full((1, width), exponent)).exp()
+    return (values.log() * values.new_full(values.shape[-1:], exponent)).exp()
 
 
 def non_finite(images: torch.Tensor, patch_scores: torch.Tensor) -> torch.Tensor:

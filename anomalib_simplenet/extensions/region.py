@@ -103,16 +103,17 @@ class Region(nn.Module):
         the sum over all grids of their weighted means, with the weights that resizing and smoothing (``make_map``) give
         them: patches outside neither raise nor lower it. Pixels outside are minus infinity, which no threshold marks.
         """
-        maps, size = [], self.mask.shape[-2:]
-        for scores in reversed(grids):
+        inside, size = self.inside(grids[0].shape[-2:]), self.mask.shape[-2:]
+        flat = grids[0].masked_fill(~inside, -torch.inf).flatten(1)
+        highest = flat.topk(min(top_patches, flat.shape[1]), dim=1).values
+        found = highest > -torch.inf
+        count = inside[None].flatten(1).sum(dim=1, keepdim=True).clamp(max=highest.shape[1]).to(highest)  # (1, 1)
+        score = (highest.masked_fill(~found, 0.0) * power(count, -1, highest.shape[1])).sum(dim=1)
+        maps = []
+        for scores in grids:
             inside = self.inside(scores.shape[-2:])
             weight = make_map(inside.to(scores)[None, None], size).clamp(min=1e-6)  # larger inside
             maps.append(make_map(scores.masked_fill(~inside, 0.0), size) * power(weight, -1))
-        flat = scores.masked_fill(~inside, -torch.inf).flatten(1)
-        highest = flat.topk(min(top_patches, flat.shape[1]), dim=1).values
-        found = highest > -torch.inf
-        count = inside.sum().clamp(max=highest.shape[1]).to(highest)  # the same for all images: a constant in exports
-        score = (highest.masked_fill(~found, 0.0) * power(count.expand(highest.shape[1]), -1)).sum(dim=1)
         return score, reduce(torch.add, maps).masked_fill(self.mask == 0, -torch.inf)
 
 

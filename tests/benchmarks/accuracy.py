@@ -63,6 +63,14 @@ def distance_alone(whiten: bool | str, **arguments: Any) -> SimpleNet:  # noqa: 
     return made
 
 
+# The settings of a transformer's single layer; then one of the paper's choices.
+VIT = {"whiten": True, "components": None, "noise": "gaussian", "map_layer": None}
+VIT_ABLATIONS = {
+    "3 x 3 patches": {**VIT, "patch_size": 3},
+    "adapter": {**VIT, "adapter_layers": 1},
+    "no whitening": {**VIT, "whiten": False, "noise_std": 0.015},
+    "radial noise": {**VIT, "noise": "radial"},
+}
 # The edge preset, with one of the paper's choices, or with one of its own left out.
 ABLATIONS = {
     "3 x 3 patches": {"patch_size": 3},
@@ -84,12 +92,7 @@ ABLATIONS = {
     "brightness as it is": {"normalize_brightness": False},
     "highest patch": {"top_patches": 1},
     "last weights": {"averaging": False},
-    "one covariance, all components, Gaussian noise": {
-        "whiten": True,
-        "components": None,
-        "noise": "gaussian",
-        "map_layer": None,
-    },
+    "one covariance, all components, Gaussian noise": VIT,
     "grid of 32 x 32": {"layers": LAYERS, "top_patches": 6, "map_layer": None},
     "map of 16 x 16": {"map_layer": None},
     "all patches": {"patch_fraction": 1.0},
@@ -110,6 +113,7 @@ MODELS: dict[str, tuple[Callable[..., AnomalibModule], dict[str, int]]] = {
     # An epoch of the paper's takes minutes here: so an eighth of the patches, and 24 epochs instead of 160.
     "SimpleNet, paper": (partial(simplenet, "paper", layers=LAYERS, patch_fraction=0.125), {"max_epochs": 24}),
     **{f"SimpleNet, {name}": (partial(simplenet, "edge", **change), LIMITS) for name, change in ABLATIONS.items()},
+    **{f"ViT, {name}": (partial(simplenet, "edge", **change), LIMITS) for name, change in VIT_ABLATIONS.items()},
     "SimpleNet, 160 epochs": (partial(simplenet, "edge"), {"max_epochs": 160}),
     "Patchcore, 1 %": (partial(patchcore, 0.01), {"max_epochs": 1}),
     "Patchcore, 0.5 %": (partial(patchcore, 0.005), {"max_epochs": 1}),

@@ -222,6 +222,17 @@ def test_fit_on_other_images_whitens_and_averages_anew(pictures: Path, whiten: b
     assert model.model.averaged.steps == 2
 
 
+def test_checkpoint_of_before_an_argument_was_added_loads(pictures: Path) -> None:
+    _, engine, model = fit(pictures, tiny_model(), max_epochs=1)
+    path = engine.trainer.checkpoint_callback.best_model_path
+    saved = torch.load(path, weights_only=True)
+    del saved["hyper_parameters"]["map_layer"]
+    torch.save(saved, path)
+    loaded = SimpleNet.load_from_checkpoint(path)
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(loaded.eval()(images).pred_score, model.eval()(images).pred_score)
+
+
 def test_whitening_pass_refuses_identical_images(pictures: Path) -> None:
     for path in (pictures / "train" / "good").iterdir():
         path.write_bytes((pictures / "test" / "good" / "000.png").read_bytes())

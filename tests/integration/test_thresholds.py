@@ -34,6 +34,21 @@ def test_checkpoint_has_separate_image_and_pixel_thresholds(checkpoint: Path) ->
     assert processor.image_threshold != processor.pixel_threshold
 
 
+@pytest.mark.parametrize("map_layer", [None, "layer1"])
+def test_without_masks_as_many_normal_images_are_marked_as_labelled(pictures: Path, map_layer: str | None) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(visualizer=False, whiten=True, layers=["layer2", "layer1"], map_layer=map_layer)
+    engine = Engine(max_epochs=2, default_root_dir=pictures.parent / "results", accelerator="cpu")
+    data = folder_data(pictures, val_split_mode="same_as_test", mask_dir=None)
+    engine.fit(model, datamodule=data)
+    predictions = engine.predict(model, dataloaders=data.val_dataloader())
+    normal = ~torch.cat([batch.gt_label for batch in predictions]).bool()
+    labels = torch.cat([batch.pred_label for batch in predictions])[normal]
+    masks = torch.cat([batch.pred_mask for batch in predictions])[normal]
+    assert masks.flatten(1).any(dim=1).sum() == labels.sum()
+    assert masks.float().mean() < 0.5
+
+
 def test_sensitivity_moves_its_threshold_in_model_and_export(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     data = folder_data(pictures, val_split_mode="same_as_test")
     data.setup()

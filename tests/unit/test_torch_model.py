@@ -154,16 +154,20 @@ def test_map_layer_adds_its_distance_to_the_map(whiten: bool | str) -> None:
     torch.testing.assert_close(answer.pred_score, scores.amax(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("arguments", [{"whiten": True, "map_layer": "first"}, {"map_layer": "early"}])
-def test_map_layer_is_one_of_the_layers_and_needs_whitening(arguments: dict) -> None:
-    with pytest.raises(ValueError, match=r"map_layer is .*, expected one of layers, early, late, and whiten true or"):
-        make(TwoStages(), layers=("early", "late"), **arguments)
+def test_map_layer_is_one_of_the_layers_and_needs_whitening() -> None:
+    with pytest.raises(ValueError, match="map_layer is 'first', expected one of layers: early, late"):
+        make(TwoStages(), layers=("early", "late"), whiten=True, map_layer="first")
+    with pytest.raises(ValueError, match="map_layer is 'early', but whiten is False: set it to true or 'local'"):
+        make(TwoStages(), layers=("early", "late"), map_layer="early")
 
 
-def test_map_layer_refuses_a_coarser_layer() -> None:
-    model = make(TwoStages(), layers=("early", "late"), whiten=True, map_layer="late").eval()
+def test_map_layer_refuses_a_coarser_layer_or_cells_that_do_not_fit() -> None:
+    model = make(TwoStages(), layers=("early", "late"), whiten="local", map_layer="late").eval()
     with pytest.raises(ValueError, match="map_layer has 4 x 6 patches, expected a multiple of the 8 x 12 of the first"):
         model(torch.randn(2, 3, 32, 48))
+    model = make(TwoStages(), layers=("late", "early"), whiten="local", map_layer="early").eval()
+    with pytest.raises(ValueError, match=r"9 x 12 patches, expected a multiple of the 5 x 6 .* resize images to"):
+        model(torch.randn(2, 3, 36, 48))
 
 
 def test_patch_fraction_trains_on_so_many_different_patches() -> None:

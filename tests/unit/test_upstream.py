@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from anomalib.post_processing import PostProcessor
 from lightning.fabric.utilities.data import _replace_dunder_methods
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
@@ -23,6 +24,7 @@ from anomalib_simplenet.compat import (
     data_loops,
     release_workers,
     run_validation,
+    set_pixel_threshold,
     wrap_dataloaders,
 )
 
@@ -54,6 +56,12 @@ def test_upstream_name_exists(module: str, name: str, use: str) -> None:
         attrgetter(name)(import_module(module))
     except (ImportError, AttributeError) as error:
         pytest.fail(f"{module}.{name} has gone, which this package needs ({use}): {error}")
+
+
+def test_post_processor_takes_its_pixel_threshold_from_a_buffer() -> None:
+    processor = PostProcessor()
+    set_pixel_threshold(processor, torch.tensor(2.0))
+    assert processor.pixel_threshold == 2
 
 
 def test_engine_asks_models_for_trainer_arguments() -> None:
