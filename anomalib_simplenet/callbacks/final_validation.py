@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_simplenet.compat import run_validation
@@ -55,7 +56,8 @@ class FinalValidation(Callback):
 
     def _validate(self, trainer: Trainer, *_args: object) -> None:
         if trainer.enable_validation and self._validated_step != trainer.global_step:
-            run_validation(trainer)
+            with torch.random.fork_rng(devices=[]):  # resumed for more epochs, training draws what it would have drawn
+                run_validation(trainer)
 
     on_exception = _release  # the next fit reads the setting
     on_train_end = _validate  # if what is called after on_train_epoch_end ended training

@@ -56,11 +56,11 @@ class FineMap(nn.Module):
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Distances ``(N, 1, H, W)`` of patches of feature maps ``(N, C, h, w)``, one for each layer."""
-        fine, grid = features[self.index], features[0].shape[-2:]
+        fine, grid = features[self.index].to(self.whitening.mean.dtype), features[0].shape[-2:]
         with torch.autocast(fine.device.type, enabled=False):  # squares overflow half precision
-            if not self.whitening.local:
-                return self._distance(self.whitening(fine.float()).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            patches = self._patches(self.whitening.project(fine.float()), grid)
+            if not self.whitening.local:  # which needs no cells, and so any grid
+                return self._distance(self.whitening(fine).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            patches = self._patches(self.whitening.project(fine), grid)
             distance = self._distance(self.whitening.whiten(patches))  # (h * w, N * f**2, 1)
         factor = fine.shape[-1] // grid[-1]
         distance = distance.unflatten(1, (-1, factor, factor)).unflatten(0, tuple(grid))  # (h, w, N, f, f, 1)

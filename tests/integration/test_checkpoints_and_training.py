@@ -461,6 +461,19 @@ def test_whitening_goes_with_lightnings_weight_averaging(pictures: Path, kind: t
         fit(pictures, tiny_model(whiten="local"), max_epochs=1, callbacks=[kind()])
 
 
+def test_resuming_for_more_epochs_trains_as_if_all_had_been_asked_for(pictures: Path) -> None:
+    def trained(epochs: int, checkpoint: str | None = None) -> tuple[SimpleNet, str]:
+        torch.manual_seed(0)
+        model = tiny_model(visualizer=False, report=False)
+        engine = Engine(max_epochs=epochs, default_root_dir=pictures.parent / "results", accelerator="cpu")
+        engine.fit(model, datamodule=folder_data(pictures), ckpt_path=checkpoint)
+        return model, engine.trainer.checkpoint_callback.best_model_path
+
+    resumed, _ = trained(2, trained(1)[1])
+    for value, other in zip(resumed.state_dict().values(), trained(2)[0].state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=0, equal_nan=True)
+
+
 def test_resume_gives_each_process_noise_of_its_own() -> None:
     class OfRank:
         ckpt_path = None
