@@ -102,7 +102,8 @@ def test_readme_metrics_config_adds_aupro(tmp_path: Path) -> None:
     )
     (tmp_path / "metrics.yaml").write_text(written)
     preset = yaml.safe_load((ROOT / "configs" / "model" / "simplenet_edge.yaml").read_text())
-    preset["model"]["init_args"].update(backbone="resnet18", layers=["layer1", "layer2"], map_layer=None, pre_trained=False)
+    resnet = {"backbone": "resnet18", "layers": ["layer1", "layer2"], "map_layer": None, "pre_trained": False}
+    preset["model"]["init_args"].update(resnet)
     (tmp_path / "preset.yaml").write_text(yaml.safe_dump(preset))
     configs = [argument for name in ("preset", "metrics") for argument in ("--config", str(tmp_path / f"{name}.yaml"))]
     cli = AnomalibCLI(["train", *configs, "--data", str(ROOT / "configs" / "data" / "folder.yaml")], run=False)
