@@ -40,8 +40,8 @@ class CalibratedPostProcessor(PostProcessor):
     ``ceil((n + 1) * (1 - rate))``-th smallest of these n scores, so that another normal image of the same kind is
     labelled defective with at most that probability, whatever the distribution of scores; equal scores lower it. The
     pixel threshold keeps the same rate of normal images with any pixel marked. Otherwise thresholds are anomalib's, but
-    without masks as many normal images get any pixel marked as are labelled defective: scores and maps differ in scale.
-    Sensitivities act on top: 0.5 leaves the rate alone, others move the threshold away from it.
+    without masks, since scores and maps differ in scale, at most as many normal images get any pixel marked as are
+    labelled defective. Sensitivities act on top: 0.5 leaves the rate alone, others move the threshold away from it.
 
     Tables and rate are saved in checkpoints, not in the state dict: a checkpoint loads with any post-processor.
     Arguments are those of anomalib's ``PostProcessor``.
@@ -94,16 +94,17 @@ class CalibratedPostProcessor(PostProcessor):
         """Make the tables, of the images of all processes, and say what they are good for."""
         super().on_validation_epoch_end(trainer, pl_module)
         if trainer.world_size > 1:
-            parts: list[dict] = [{}] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self._normal)
-            self._normal = {key: value for part in parts for key, value in part.items()}
+            parts: list[tuple[dict, bool]] = [({}, False)] * trainer.world_size
+            torch.distributed.all_gather_object(parts, (self._normal, self._masks))
+            self._normal = {key: value for part, _ in parts for key, value in part.items()}
+            self._masks = any(masks for _, masks in parts)
         values = torch.tensor(list(self._normal.values())).reshape(-1, 2)
         self.calibration_scores, self.calibration_peaks = (_table(column) for column in values.T)
         self._normal = {}
-        chooses = self.enable_thresholding and self.enable_threshold_matching
-        if chooses and not self._masks and len(self.calibration_scores):
+        if self.enable_thresholding and self.enable_threshold_matching and not self._masks:
             alarms = int((self.calibration_scores > super().image_threshold.cpu()).sum())
-            set_pixel_threshold(self, self.calibration_peaks[-1 - min(alarms, len(self.calibration_peaks) - 1)])
+            peaks = self.calibration_peaks
+            set_pixel_threshold(self, peaks[-1 - min(alarms, len(peaks) - 1)] if len(peaks) else float("nan"))
         if self.false_alarm_rate is None or not trainer.is_global_zero:
             return
         table = self.calibration_scores

@@ -53,7 +53,7 @@ def differing(
             "another version of anomalib-simplenet. Use that version, or train again."
         )
         raise ValueError(msg)
-    # Those of before an argument was added lack it.
+    # Older checkpoints lack arguments added since.
     saved, own = {**ARCHITECTURE, **checkpoint["hyper_parameters"]}, portable(hyper_parameters, model)
     if isinstance(saved["backbone"], nn.Module):  # load_from_checkpoint puts its arguments among them
         saved = {**saved, "backbone": None}

@@ -204,9 +204,9 @@ def add_batch_field(name: str) -> None:
             dataclass(kind)
 
 
-def set_pixel_threshold(processor: nn.Module, threshold: torch.Tensor) -> None:
-    """Set the raw threshold of maps that an anomalib post-processor chooses in validation, a scalar.
+def set_pixel_threshold(processor: nn.Module, threshold: torch.Tensor | float) -> None:
+    """Set the raw threshold of maps that an anomalib post-processor chooses in validation; NaN for that of scores.
 
     ``_pixel_threshold`` is a private buffer, and ``pixel_threshold`` has no setter.
     """
-    processor._pixel_threshold.copy_(threshold)  # noqa: SLF001
+    processor._pixel_threshold.fill_(threshold)  # noqa: SLF001

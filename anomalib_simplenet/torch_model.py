@@ -155,7 +155,7 @@ class SimpleNetModel(nn.Module):
         else:
             score, anomaly_map = self.region.summarise(grids, self.top_patches, self.anomaly_map_generator)
         # So that no exported model takes an image that it could not score for normal.
-        unusable = non_finite(images if self.region is None else self.region.fill(images), patch_scores)
+        unusable = non_finite(images if self.region is None else self.region.fill(images), grids)
         return InferenceBatch(
             pred_score=score.masked_fill(unusable, torch.inf),
             anomaly_map=anomaly_map.masked_fill(unusable[:, None, None, None], torch.inf),

@@ -7,6 +7,7 @@ compiled models do not.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -66,9 +67,9 @@ def resize_matrix(size: int, out: int, like: torch.Tensor, antialias: bool) -> t
 
 
 def power(values: torch.Tensor, exponent: float, width: int = 1) -> torch.Tensor:
-    """``values ** exponent``, above zero, or not below it where the exponent is positive.
+    """``values ** exponent`` of values above zero, or of zero where the exponent is positive.
 
-    A last dimension of 1 is repeated to ``width``; another one must be fixed in exported models.
+    A last dimension of 1 is repeated to ``width``; one of another size must be fixed in exported models.
     """
     if not torch.compiler.is_exporting():
         return values.pow(exponent).repeat_interleave(width, dim=-1) if width > 1 else values.pow(exponent)
@@ -77,11 +78,11 @@ def power(values: torch.Tensor, exponent: float, width: int = 1) -> torch.Tensor
     return (values.log() * values.new_full(values.shape[-1:], exponent)).exp()
 
 
-def non_finite(images: torch.Tensor, patch_scores: torch.Tensor) -> torch.Tensor:
+def non_finite(images: torch.Tensor, grids: Sequence[torch.Tensor]) -> torch.Tensor:
     """Find images with pixels or scores that are NaN or infinite.
 
     Comparisons with NaN are false, so a threshold would call such an image normal. Takes images ``(N, 3, H, W)`` and
-    their patch scores ``(N, 1, h, w)``, returns booleans ``(N,)``.
+    grids of their scores, ``(N, 1, h, w)`` each, returns booleans ``(N,)``.
     """
     # A mean is not finite if one of its terms is not; it costs less than a look at each pixel.
-    return ~(images.mean(dim=(1, 2, 3)) + patch_scores.mean(dim=(1, 2, 3))).isfinite()
+    return ~reduce(torch.add, [values.mean(dim=(1, 2, 3)) for values in (images, *grids)]).isfinite()

@@ -36,7 +36,7 @@ class ExportableNormalize(Normalize):
         """Normalise one image or batch of shape ``(..., C, H, W)``."""
         if not torch.compiler.is_exporting():
             return super().transform(inpt, params)
-        mean, scale = (inpt.new_tensor(each)[:, None] for each in (self.mean, [1 / value for value in self.std]))
+        mean, scale = (inpt.new_tensor(each)[:, None] for each in (self.mean, [1 / float(value) for value in self.std]))
         return ((inpt.flatten(-2) - mean) * scale).reshape(inpt.shape)
 
 

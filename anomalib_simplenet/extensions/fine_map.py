@@ -32,7 +32,7 @@ class FineMap(nn.Module):
     def __init__(self, layer: str, layers: Sequence[str], channels: Sequence[int], whiten: bool | str) -> None:
         super().__init__()
         if layer not in layers:
-            msg = f"map_layer is {layer!r}, expected one of layers: {', '.join(layers)}."
+            msg = f"map_layer is {layer!r}, expected one of layers ({', '.join(layers)}) or null."
             raise ValueError(msg)
         if not whiten:
             msg = f"map_layer is {layer!r}, but whiten is False: set it to true or 'local', or map_layer to null."

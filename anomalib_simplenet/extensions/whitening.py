@@ -116,8 +116,8 @@ class Whitening(nn.Module):
             if size > LARGEST_LOCAL:
                 msg = (
                     f'whiten is "local", whose {height} x {width} matrices of {dimension} x {dimension} take '
-                    f"{size / 2**30:.1f} GiB, expected at most {LARGEST_LOCAL / 2**30:.0f} GiB: lower "
-                    "target_embed_dimension or the image size, or set whiten to true."
+                    f"{size / 2**30:.1f} GiB, expected at most {LARGEST_LOCAL / 2**30:.0f} GiB: lower the image size "
+                    "or target_embed_dimension, for those of map_layer set that to null, or set whiten to true."
                 )
                 raise ValueError(msg)
             patches = _positions(embedding.float())  # positions, N, dimension

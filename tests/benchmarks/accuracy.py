@@ -44,7 +44,7 @@ TABLE = RESULTS / "accuracy.csv"
 EDGE = "configs/model/simplenet_edge.yaml"
 LAYERS = ["blocks.2", "blocks.4"]  # strides 8 and 16, as the paper's layer2 and layer3
 SIZE = (256, 256)
-# Other backbones, for SimpleNet and distances alone: their layers, and the size of images.
+# Other backbones than EfficientNet-Lite: their layers, and the size of images.
 OTHERS = {"dinov2_vits14": (["blocks.11"], (448, 448))}
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 
@@ -103,6 +103,20 @@ def patchcore(ratio: float, **arguments: Any) -> AnomalibModule:  # noqa: ANN401
     return Patchcore(**{"layers": LAYERS, "coreset_sampling_ratio": ratio, **arguments})
 
 
+def nearest_of_random(count: int, **arguments: Any) -> AnomalibModule:  # noqa: ANN401
+    """Patchcore whose memory bank is drawn at random: a coreset of many patches takes hours."""
+    made = patchcore(1.0, **arguments)
+    bank = made.model
+
+    def draw(_ratio: float) -> None:
+        patches = torch.vstack(bank.embedding_store)
+        bank.embedding_store.clear()
+        bank.memory_bank = patches[torch.randperm(len(patches))[:count]]
+
+    bank.subsample_embedding = draw
+    return made
+
+
 LIMITS = yaml.safe_load(Path(EDGE).read_text())["trainer"]
 # What to build, and how long to train it.
 MODELS: dict[str, tuple[Callable[..., AnomalibModule], dict[str, int]]] = {
@@ -117,6 +131,7 @@ MODELS: dict[str, tuple[Callable[..., AnomalibModule], dict[str, int]]] = {
     "SimpleNet, 160 epochs": (partial(simplenet, "edge"), {"max_epochs": 160}),
     "Patchcore, 1 %": (partial(patchcore, 0.01), {"max_epochs": 1}),
     "Patchcore, 0.5 %": (partial(patchcore, 0.005), {"max_epochs": 1}),
+    "Patchcore, 10,000 random patches": (partial(nearest_of_random, 10_000), {"max_epochs": 1}),
     "Padim": (partial(Padim, layers=LAYERS, n_features=100), {"max_epochs": 1}),
     # They train the backbone's features anew in each epoch: a quarter of the epochs takes several times as long.
     "Supersimplenet": (partial(Supersimplenet, layers=LAYERS), {"max_epochs": 6}),

@@ -1,6 +1,8 @@
 """Exported models compute what their checkpoints compute, in every runtime."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -114,8 +116,9 @@ def test_openvino_input_has_a_name_and_a_layout(exported: dict[str, Path]) -> No
     assert str(model.input().get_partial_shape()) == "[4,3,?,?]"
 
 
-def test_normalize_with_a_negative_deviation_exports_exactly(tmp_path: Path) -> None:
-    inverted = Compose([Resize((80, 96), antialias=True), Normalize(mean=[0.5] * 3, std=[-0.25] * 3)])
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_normalize_with_a_negative_deviation_exports_exactly(tmp_path: Path, kind: Callable[[list], Any]) -> None:
+    inverted = Compose([Resize((80, 96), antialias=True), Normalize(mean=kind([0.5] * 3), std=kind([-0.25] * 3))])
     model = trained_model(pre_processor=PreProcessor(inverted))
     assert_answers_like(model, model.to_openvino(tmp_path), torch.rand(2, 3, 90, 70))
 

@@ -116,9 +116,14 @@ def test_table_of_many_images_is_thinned_without_lower_p_values_or_thresholds() 
     assert 0 <= thin.image_threshold - full.image_threshold < 1e-3
 
 
-def validated(scores: torch.Tensor, rate: float | None = None, **fields: object) -> CalibratedPostProcessor:
+def validated(
+    scores: torch.Tensor,
+    rate: float | None = None,
+    processor: CalibratedPostProcessor | None = None,
+    **fields: object,
+) -> CalibratedPostProcessor:
     """A processor after a validation with these scores, twice as high in the anomaly maps."""
-    processor = calibrated(PostProcessor(), rate)
+    processor = processor or calibrated(PostProcessor(), rate)
     trainer = SimpleNamespace(world_size=1, is_global_zero=True, global_rank=0)
     defaults = {"image": torch.zeros(len(scores), 3, 1, 1), "gt_label": torch.zeros(len(scores), dtype=torch.bool)}
     batch = ImageBatch(**{**defaults, **fields}, pred_score=scores, anomaly_map=2 * scores.reshape(-1, 1, 1))
@@ -134,6 +139,14 @@ def test_validation_keeps_each_normal_image_once() -> None:
     processor = validated(torch.tensor([0.7, 0.9, 0.5]), gt_label=label, image_path=paths)
     assert processor.calibration_scores.tolist() == pytest.approx([0.5, 0.7])
     assert processor.calibration_peaks.tolist() == pytest.approx([1.0, 1.4])
+
+
+def test_without_masks_and_normal_images_maps_take_the_threshold_of_scores() -> None:
+    scores, labels = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([False, False, True])
+    processor = validated(scores, gt_label=labels)
+    assert (processor.image_threshold, processor.pixel_threshold) == (3.0, 4.0)  # the highest map of a normal image
+    processor = validated(100 * scores, processor=processor, gt_label=torch.ones(3, dtype=torch.bool))
+    assert processor.pixel_threshold == processor.image_threshold == 100
 
 
 def test_validation_with_a_rate_says_what_it_is_good_for(caplog: pytest.LogCaptureFixture) -> None:

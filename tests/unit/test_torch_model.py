@@ -154,8 +154,19 @@ def test_map_layer_adds_its_distance_to_the_map(whiten: bool | str) -> None:
     torch.testing.assert_close(answer.pred_score, scores.amax(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
+def test_image_whose_distances_overflow_is_anomalous_everywhere() -> None:
+    model = make(TwoStages(), layers=("late", "early"), whiten=True, map_layer="early").eval()
+    model.score_patches = lambda features: features[0].new_zeros(len(features[0]), 1, 4, 6)
+    images = torch.randn(2, 3, 32, 48)
+    images[1, 0, 5, 5] = 1e25
+    answer = model(images)
+    assert answer.pred_score.isinf().tolist() == [False, True]
+    assert answer.anomaly_map.isinf().flatten(1).all(dim=1).tolist() == [False, True]
+    assert answer.anomaly_map[0].isfinite().all()
+
+
 def test_map_layer_is_one_of_the_layers_and_needs_whitening() -> None:
-    with pytest.raises(ValueError, match="map_layer is 'first', expected one of layers: early, late"):
+    with pytest.raises(ValueError, match=r"map_layer is 'first', expected one of layers .early, late. or null"):
         make(TwoStages(), layers=("early", "late"), whiten=True, map_layer="first")
     with pytest.raises(ValueError, match="map_layer is 'early', but whiten is False: set it to true or 'local'"):
         make(TwoStages(), layers=("early", "late"), map_layer="early")
