@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
 from anomalib.data import Folder
 from PIL import Image
@@ -14,6 +15,9 @@ from anomalib_simplenet.quickstart import prepare_cells, prepare_weights
 
 FULL_TRIALS = os.environ.get("TRIALS") == "full"  # make trials
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "reliability.json"
+# One for all: a core of OpenVINO 2026.4 that outlives an older one leaves a freed signal stack behind, and the process
+# crashes when the next worker of a data loader ends.
+CORE = ov.Core()
 TINY = {
     "backbone": "resnet18",
     "layers": ["layer1"],

@@ -23,7 +23,7 @@ from anomalib_simplenet.export.transforms import check_exportable, exportable_tr
 from anomalib_simplenet.extensions.region import Region
 from anomalib_simplenet.torch_model import SimpleNetModel
 
-from .conftest import folder_data, tiny_model
+from .conftest import CORE, folder_data, tiny_model
 
 NORMALIZE = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
@@ -61,7 +61,7 @@ def fit_whitening(model: SimpleNetModel, images: torch.Tensor) -> None:
 
 
 def answers_of(path: Path, images: torch.Tensor) -> dict[str, np.ndarray]:
-    compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = CORE.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return {output.get_any_name(): value for output, value in compiled(images.numpy()).items()}
 
 
@@ -72,7 +72,7 @@ def assert_answers_like(model: SimpleNet, path: Path, images: torch.Tensor, atol
 
 
 def assert_in_float32(path: Path, images: torch.Tensor, *, with_region: bool = False) -> None:
-    compiled = [ov.Core().compile_model(path, "CPU", config) for config in ({}, {"INFERENCE_PRECISION_HINT": "f32"})]
+    compiled = [CORE.compile_model(path, "CPU", config) for config in ({}, {"INFERENCE_PRECISION_HINT": "f32"})]
     answers = [each(images.numpy()) for each in compiled]
     for field in ("pred_score", "anomaly_map"):
         np.testing.assert_allclose(answers[0][field], answers[1][field], rtol=1e-5, atol=1e-5)
@@ -350,7 +350,7 @@ def test_quantize_compresses_the_backbone_alone(
     images = torch.rand(3, 3, 150, 170)
     expected = model.eval()(images).pred_score.detach()
     images[1, 2, 75, 85] = torch.nan
-    answer = ov.Core().compile_model(graph, "CPU")(images.numpy())
+    answer = CORE.compile_model(graph, "CPU")(images.numpy())
     np.testing.assert_allclose(answer["pred_score"][[0, 2]], expected[[0, 2]], atol=0.2)
     assert answer["pred_score"][1] == 1  # pixels reach the head as they are, so NaN does
 

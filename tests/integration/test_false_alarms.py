@@ -19,7 +19,7 @@ from PIL import Image
 from anomalib_simplenet import SimpleNet
 from anomalib_simplenet.callbacks.hold_out import HoldOut
 
-from .conftest import folder_data, tiny_model
+from .conftest import CORE, folder_data, tiny_model
 
 RATE, OTHER = 0.1, 0.3
 PARTS = {"train/good": 20, "test/good": 40, "test/bad": 10, "new": 24}
@@ -242,7 +242,7 @@ def test_export_gives_label_and_p_value_of_the_checkpoint(
         exported = torch.load(exports[kind], weights_only=False)["model"].eval()
         answer = {name: value.detach().numpy() for name, value in exported(images)._asdict().items()}
     else:
-        compiled = ov.Core().compile_model(exports[kind], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = CORE.compile_model(exports[kind], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         answer = {output.get_any_name(): value for output, value in compiled(images.numpy()).items()}
     np.testing.assert_array_equal(answer["pred_label"].flatten(), answer["p_value"] <= np.float32(RATE))
     if kind in {"torch", "onnx", "openvino"}:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import openvino as ov
 import pytest
 import torch
 from anomalib.data import ImageBatch, ImageItem, PredictDataset
@@ -21,7 +20,7 @@ from anomalib_simplenet import SimpleNet
 from anomalib_simplenet.components import AnomalyMapGenerator
 from anomalib_simplenet.extensions.region import Region
 
-from .conftest import folder_data, tiny_model, write_images
+from .conftest import CORE, folder_data, tiny_model, write_images
 
 SIZE = (80, 64)  # of the pictures, so that no resize mixes what is inside with what is outside
 
@@ -303,7 +302,7 @@ def test_exports_hold_the_region(trained: tuple, tmp_path: Path) -> None:
     changed = torch.where(torch.from_numpy(np.asarray(near) > 0), images, torch.rand_like(images))
     expected = model(images)
     for path in (model.to_openvino(tmp_path), model.to_onnx(tmp_path)):
-        compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = CORE.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         answer, same = (
             {key.get_any_name(): value.copy() for key, value in compiled(pixels.numpy()).items()}
             for pixels in (images, changed)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 import pytest
 import torch
 from anomalib.engine import Engine
@@ -11,7 +10,7 @@ from anomalib.post_processing import PostProcessor
 
 from anomalib_simplenet import SimpleNet
 
-from .conftest import folder_data, tiny_model
+from .conftest import CORE, folder_data, tiny_model
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def test_sensitivity_moves_its_threshold_in_model_and_export(checkpoint: Path, p
     found: dict[str, list[int]] = {"pred_label": [], "pred_mask": []}
     for image, pixel in ((0.1, 0.9), (0.9, 0.1)):
         model = with_sensitivity(checkpoint, image_sensitivity=image, pixel_sensitivity=pixel)
-        exported = ov.Core().compile_model(model.to_openvino(tmp_path / str(image)), "CPU")
+        exported = CORE.compile_model(model.to_openvino(tmp_path / str(image)), "CPU")
         answer = exported(images.numpy())
         with torch.no_grad():
             plain = model(images)
