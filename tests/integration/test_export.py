@@ -123,6 +123,12 @@ def test_normalize_with_a_negative_deviation_exports_exactly(tmp_path: Path, kin
     assert_answers_like(model, model.to_openvino(tmp_path), torch.rand(2, 3, 90, 70))
 
 
+@pytest.mark.parametrize("height", [80, 81])  # even heights are resized in halves
+def test_openvino_resizes_like_torchvision(tmp_path: Path, height: int) -> None:
+    model = trained_model(pre_processor=PreProcessor(Resize((height, 96), antialias=True)))
+    assert_answers_like(model, model.to_openvino(tmp_path), torch.rand(3, 3, 151, 170))
+
+
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_openvino_export_for_images_of_the_models_size_does_not_resize(tmp_path: Path, kind: type) -> None:
     model, images = trained_model(), torch.rand(3, 3, 80, 96)
