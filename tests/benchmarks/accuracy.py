@@ -106,14 +106,14 @@ def patchcore(ratio: float, **arguments: Any) -> AnomalibModule:  # noqa: ANN401
 def nearest_of_random(count: int, **arguments: Any) -> AnomalibModule:  # noqa: ANN401
     """Patchcore whose memory bank is drawn at random: a coreset of many patches takes hours."""
     made = patchcore(1.0, **arguments)
-    bank = made.model
+    model = made.model
 
     def draw(_ratio: float) -> None:
-        patches = torch.vstack(bank.embedding_store)
-        bank.embedding_store.clear()
-        bank.memory_bank = patches[torch.randperm(len(patches))[:count]]
+        patches = torch.vstack(model.embedding_store)
+        model.memory_bank = patches[torch.randperm(len(patches))[:count]]
+        model.embedding_store.clear()
 
-    bank.subsample_embedding = draw
+    model.subsample_embedding = draw
     return made
 
 

@@ -120,11 +120,12 @@ def validated(
     scores: torch.Tensor,
     rate: float | None = None,
     processor: CalibratedPostProcessor | None = None,
+    world_size: int = 1,
     **fields: object,
 ) -> CalibratedPostProcessor:
     """A processor after a validation with these scores, twice as high in the anomaly maps."""
     processor = processor or calibrated(PostProcessor(), rate)
-    trainer = SimpleNamespace(world_size=1, is_global_zero=True, global_rank=0)
+    trainer = SimpleNamespace(world_size=world_size, is_global_zero=True, global_rank=0)
     defaults = {"image": torch.zeros(len(scores), 3, 1, 1), "gt_label": torch.zeros(len(scores), dtype=torch.bool)}
     batch = ImageBatch(**{**defaults, **fields}, pred_score=scores, anomaly_map=2 * scores.reshape(-1, 1, 1))
     processor.on_validation_start(trainer, None)
@@ -147,6 +148,16 @@ def test_without_masks_and_normal_images_maps_take_the_threshold_of_scores() -> 
     assert (processor.image_threshold, processor.pixel_threshold) == (3.0, 4.0)  # the highest map of a normal image
     processor = validated(100 * scores, processor=processor, gt_label=torch.ones(3, dtype=torch.bool))
     assert processor.pixel_threshold == processor.image_threshold == 100
+
+
+def test_masks_in_another_process_leave_the_pixel_threshold_to_anomalib(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(parts: list, own: tuple[dict, bool]) -> None:
+        parts[:] = [own, ({"another.png": (0.5, 9.0)}, True)]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    processor = validated(torch.tensor([1.0, 2.0, 3.0]), world_size=2, gt_label=torch.tensor([False, False, True]))
+    assert processor.calibration_scores.tolist() == [0.5, 1.0, 2.0]
+    assert processor.pixel_threshold == processor.image_threshold
 
 
 def test_validation_with_a_rate_says_what_it_is_good_for(caplog: pytest.LogCaptureFixture) -> None:
